@@ -1,0 +1,35 @@
+"""Strictness for every test: eight virtual devices, no silent promotion, warnings are errors."""
+
+import os
+import pathlib
+import tempfile
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Workers of one run share what they compile.
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.path.join(tempfile.gettempdir(), f"odjax-test-cache-{os.environ.get('PYTEST_XDIST_TESTRUNUID', 'local')}"),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+settings.register_profile(
+    "odjax", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("odjax")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> pathlib.Path:
+    """The folder of real data sets, or a skip that says where it was looked for."""
+    default = pathlib.Path(__file__).parents[2] / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("ODJAX_DATA_DIR", default))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder} (set ODJAX_DATA_DIR)")
+    return folder

@@ -1,0 +1,5 @@
+"""The odjax command line."""
+
+
+def main() -> None:
+    raise SystemExit("not built yet")
