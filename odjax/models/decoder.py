@@ -15,13 +15,11 @@ from jax.typing import DTypeLike
 
 from odjax.models.attention import Attention, AttentionFn, check_attention, segment_mask
 from odjax.models.axes import constrain, named
+from odjax.models.embedding import embedding_init, table_by_vocab
 from odjax.models.feedforward import SwiGLU
 from odjax.models.norms import RMSNorm
 from odjax.models.rotary import RotaryScaling, rotary_angles, rotary_frequencies
 from odjax.models.stack import check_remat, run_layers
-
-embedding_init = nn.initializers.normal(0.02)
-
 
 class DecoderLayer(nn.Module):
     """One pre-normalized layer: attention, then SwiGLU, each added to its input. Attributes as in `Decoder`."""
@@ -150,6 +148,7 @@ class Decoder(nn.Module):
             dtype=jnp.float32,
             param_dtype=self.param_dtype,
             embedding_init=named(embedding_init, "vocab", "embed"),
+            promote_dtype=table_by_vocab,
         )
         self.norm = RMSNorm(self.norm_eps, self.dtype, self.param_dtype)
         if not self.tied and self.head is None:
