@@ -1,5 +1,81 @@
-"""The odjax command line."""
+"""The command line: `odjax VERB ...`. Every mistake is answered by one line; `--debug` shows where it came from."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from odjax_train.errors import UserError
+
+HELP = """\
+usage: odjax VERB [...]
+
+  train CONFIG [flags]     train; goes on by itself when the run's folder holds a checkpoint
+  eval RUN                 judge a checkpoint on the held-out data
+  generate RUN             continue a text with a trained language model
+  report RUN [RUN ...]     one self-contained HTML page with the plots
+  methods                  every method: paper, what it is, where to import it, how its proof stands
+  reproduce METHOD         a method's small proof: the claim beside what was measured here
+
+odjax VERB --help says more; odjax train CONFIG --help lists the configuration's flags.
+exit status: 0 done, 1 an error of ours, 2 a mistake in what was typed or found, 3 diverged, 75 stopped and resumable
+"""
+
+ERROR, MISTAKE, DIVERGED, INTERRUPTED = 1, 2, 3, 75
 
 
-def main() -> None:
-    raise SystemExit("not built yet")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line.
+
+    Returns:
+        the exit status.
+    """
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(HELP, end="")
+            return 0
+        if arguments[0] == "--version":
+            from odjax.version import __version__
+
+            print(f"odjax {__version__}")
+            return 0
+        return _verb(arguments[0])(arguments[1:]) or 0
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("odjax: stopped", file=sys.stderr)
+        return 130
+    except UserError as error:
+        return _complain(str(error), MISTAKE, debug)
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return _complain(text[:2000] + ("" if debug else " (--debug shows where)"), ERROR, debug)
+
+
+def _complain(text: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"odjax: {text}", file=sys.stderr)
+    return status
+
+
+def _verb(name: str) -> Callable[[list[str]], int | None]:
+    from odjax_train import commands
+
+    verbs = {
+        "train": commands.train,
+        "eval": commands.evaluate,
+        "generate": commands.generate,
+        "report": commands.report,
+        "methods": commands.methods,
+        "reproduce": commands.reproduce,
+    }
+    if name not in verbs:
+        raise UserError(f"unknown verb {name!r}; there are {', '.join(verbs)}")
+    return verbs[name]

@@ -1,0 +1,231 @@
+"""The verbs of the command line, each from its flags to its exit status."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from odjax_train import config as configs
+from odjax_train.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFlags:
+    """Which devices to run on."""
+
+    mesh: str | None = None
+    """data,fsdp,tensor: devices along each axis, one of them may be -1; the configuration's own when not given."""
+    cpu_devices: int | None = None
+    """Run on that many virtual CPU devices a process."""
+    coordinator: str | None = None
+    """host:port of process 0, when there are several and no cluster is detected."""
+    processes: int | None = None
+    """Number of processes."""
+    process: int | None = None
+    """Number of this process, from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFlags(DeviceFlags):
+    """How to run."""
+
+    run: Path | None = None
+    """The run's folder; runs/CONFIG when not given, with a code added when flags differ from the defaults."""
+    profile: int = 0
+    """Write a JAX profiler trace of that many steps into the run's folder."""
+    debug_nans: bool = False
+    """Stop at the first operation that makes a NaN, and say which (slow)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalFlags(DeviceFlags):
+    """What to judge."""
+
+    step: int | None = None
+    """Which checkpoint; the newest one when not given."""
+    best: bool = False
+    """The best checkpoint instead."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateFlags(DeviceFlags):
+    """What to write."""
+
+    prompt: str = ""
+    """The text to continue."""
+    length: int = 200
+    """Tokens to add."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+    top_p: float = 0.95
+    """The smallest set of tokens with that much probability to draw from."""
+    seed: int = 0
+    """Of the draw."""
+    step: int | None = None
+    """Which checkpoint; the newest one when not given."""
+    best: bool = False
+    """The best checkpoint instead."""
+
+
+def _first(arguments: list[str], verb: str, what: str) -> tuple[str | None, list[str]]:
+    """The positional argument of a verb, and the flags after it."""
+    if arguments and arguments[0] not in ("-h", "--help"):
+        if arguments[0].startswith("-"):
+            raise UserError(f"odjax {verb} takes {what} first, got {arguments[0]}")
+        return arguments[0], arguments[1:]
+    if arguments:
+        return None, arguments
+    raise UserError(f"odjax {verb} needs {what} (odjax {verb} --help)")
+
+
+def _prepare(flags: DeviceFlags) -> None:
+    """Devices and processes, and the compilation cache; before anything is computed."""
+    import jax
+
+    from odjax_train import distributed
+
+    processes = distributed.Processes(flags.coordinator, flags.processes, flags.process)
+    distributed.join(processes, flags.cpu_devices)
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "odjax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def train(arguments: list[str]) -> int:
+    """`odjax train CONFIG [flags]`."""
+    path, flags = _first(arguments, "train", "a configuration file")
+    if path is None:
+        print("usage: odjax train CONFIG [flags]\n\nodjax train CONFIG --help lists the configuration's flags.")
+        return 0
+    config = configs.load(Path(path))
+    config, options = configs.parse(config, TrainFlags, flags, f"odjax train {path}")
+
+    from odjax_train.cli import DIVERGED, INTERRUPTED
+    from odjax_train.distributed import is_main
+    from odjax_train.loop import StopRequest
+    from odjax_train.mesh import MeshShape
+    from odjax_train.run import start
+    from odjax_train.run_folder import default_folder
+
+    with StopRequest().listening() as stop:
+        _prepare(options)
+        if options.debug_nans:
+            import jax
+
+            jax.config.update("jax_debug_nans", True)
+        mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
+        outcome = start(config, options.run, mesh=mesh, profile=options.profile, stop=stop)
+    if is_main():
+        print(outcome.message, flush=True)
+        if outcome.status == "finished":
+            folder = options.run or default_folder(config)
+            print(f"report: {_write_report([folder], None)}")
+    return {"finished": 0, "interrupted": INTERRUPTED, "diverged": DIVERGED}[outcome.status]
+
+
+def evaluate(arguments: list[str]) -> int:
+    """`odjax eval RUN`."""
+    from odjax_train.mesh import MeshShape
+
+    folder, flags = _first(arguments, "eval", "a run's folder")
+    options = configs.cli(EvalFlags, flags, "odjax eval RUN", "Judge a checkpoint on the held-out data.")
+    _prepare(options)
+    from odjax_train.run import judge, reopen
+
+    mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
+    loaded = reopen(Path(folder), step=options.step, best=options.best, mesh=mesh)
+    metrics = judge(loaded)
+    if options.json:
+        print(json.dumps({"step": loaded.step, **metrics}))
+    else:
+        print(f"step {loaded.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return 0
+
+
+def generate(arguments: list[str]) -> int:
+    """`odjax generate RUN`."""
+    from odjax_train.mesh import MeshShape
+
+    folder, flags = _first(arguments, "generate", "a run's folder")
+    options = configs.cli(GenerateFlags, flags, "odjax generate RUN", "Continue a text.")
+    _prepare(options)
+    from odjax_train.experiment import Sample
+    from odjax_train.run import reopen
+    from odjax_train.sampling import continue_text
+
+    sample = Sample(options.prompt, options.length, options.temperature, options.top_p)
+    mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
+    loaded = reopen(Path(folder), step=options.step, best=options.best, mesh=mesh)
+    print(options.prompt + continue_text(loaded.program, loaded.state, sample, seed=options.seed))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportFlags:
+    """What to show."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs; several are drawn into the same plots."""
+    out: Path | None = None
+    """The page; report.html in the first run's folder when not given."""
+
+
+def report(arguments: list[str]) -> int:
+    """`odjax report RUN [RUN ...]`."""
+    description = "Write one self-contained HTML page with the plots."
+    options = configs.cli(ReportFlags, arguments, "odjax report", description)
+    if not options.runs:
+        raise UserError("odjax report needs at least one run's folder")
+    print(_write_report(list(options.runs), options.out))
+    return 0
+
+
+def _write_report(folders: list[Path], out: Path | None) -> Path:
+    from odjax_train.report import write
+
+    return write(folders, out or folders[0] / "report.html")
+
+
+def methods(arguments: list[str]) -> int:
+    """`odjax methods`."""
+    from odjax_train.catalogue import table
+
+    configs.cli(tyro.conf.OmitSubcommandPrefixes[NoFlags], arguments, "odjax methods", "Every method, from its paper to its proof.")
+    print(table())
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class NoFlags:
+    """Nothing to set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReproduceFlags:
+    """How to prove it."""
+
+    out: Path | None = None
+    """Folder for the result and the plots; runs/proofs/METHOD when not given."""
+    quick: bool = False
+    """Smaller, in seconds."""
+    seed: int = 0
+    """Of everything random."""
+
+
+def reproduce(arguments: list[str]) -> int:
+    """`odjax reproduce METHOD`."""
+    slug, flags = _first(arguments, "reproduce", "a method (odjax methods lists them)")
+    options = configs.cli(ReproduceFlags, flags, "odjax reproduce METHOD", "Run a method's proof.")
+    from odjax_train.catalogue import prove
+
+    holds, text = prove(slug, options.out, quick=options.quick, seed=options.seed)
+    print(text)
+    if not holds:
+        print("not every claim holds here", file=sys.stderr)
+    return 0 if holds else 1

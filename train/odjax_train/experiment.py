@@ -1,0 +1,125 @@
+"""An experiment: everything that defines a training run, as one value."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import flax.linen as nn
+import grain
+import jax
+import optax
+
+from odjax.core import Edit, Where
+from odjax_train.errors import UserError
+from odjax_train.mesh import DEFAULT_RULES, MeshShape, Rules
+from odjax_train.tasks import Task
+
+
+class Data(Protocol):
+    """A data set that is opened when it is needed and says before that what it will look like."""
+
+    def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one example, without touching the data."""
+        ...
+
+    def train(self, seed: int) -> grain.MapDataset:
+        """Endless, shuffled; example i is a pure function of (seed, i)."""
+        ...
+
+    def evaluation(self) -> grain.MapDataset:
+        """The held-out examples, in a fixed order."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What was found: sizes and a fingerprint."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Text to continue when a language model's training ends.
+
+    Args:
+        prompt: the text before.
+        length: tokens to add.
+        temperature: 0 takes the likeliest token each time.
+        top_p: smallest set of tokens with that much probability to draw from.
+    """
+
+    prompt: str
+    length: int = 200
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A training run: real objects, composed in Python.
+
+    Args:
+        model: a Linen module whose parameters carry logical axis names.
+        task: how the model is called and what is minimised.
+        data: training and held-out examples.
+        optimizer: any optax transformation; its updates are added to the parameters.
+        steps: optimizer steps in all.
+        batch: examples in a step, over all devices and processes.
+        schedule: the learning rate by step, for logs and plots alone (the optimizer has its own copy).
+        accumulate: microbatches a step; the gradient is that of the whole batch.
+        trainable: parameters that are trained; no gradient of any other is computed.
+        edits: structural changes every K steps, compiled apart from the step.
+        ema: decay of an exponential moving average of the parameters, used in evaluation and generation; None for none.
+        seed: of parameters, data order, dropout and edits.
+        mesh: devices along data, fsdp and tensor.
+        rules: logical axis -> mesh axis.
+        eval_every: steps between evaluations; there is always one at the end.
+        eval_batches: batches in an evaluation, None for all held-out examples.
+        checkpoint_every: steps between checkpoints; there is always one at the end.
+        keep_last: newest checkpoints to keep.
+        keep_best: best checkpoints (by `task.best`) to keep beside them.
+        log_every: steps between lines of `metrics.jsonl`.
+        sample: text to continue at the end.
+
+    Raises:
+        UserError: naming the argument that makes no sense.
+    """
+
+    model: nn.Module
+    task: Task
+    data: Data
+    optimizer: optax.GradientTransformation
+    steps: int
+    batch: int
+    schedule: optax.Schedule | None = None
+    accumulate: int = 1
+    trainable: Where = ".*"
+    edits: Sequence[Edit] = ()
+    ema: float | None = None
+    seed: int = 0
+    mesh: MeshShape = MeshShape()
+    rules: Rules = DEFAULT_RULES
+    eval_every: int = 100
+    eval_batches: int | None = None
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    keep_best: int = 1
+    log_every: int = 10
+    sample: Sample | None = None
+
+    def __post_init__(self) -> None:
+        positive = ("batch", "accumulate", "eval_every", "checkpoint_every", "keep_last", "log_every")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < 0:
+            raise UserError(f"steps must not be negative, got {self.steps}")
+        if self.keep_best < 0:
+            raise UserError(f"keep_best must not be negative, got {self.keep_best}")
+        if self.eval_batches is not None and self.eval_batches < 1:
+            raise UserError(f"eval_batches must be at least 1, got {self.eval_batches}")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise UserError(f"ema must be between 0 and 1, got {self.ema}")
+        if self.batch % self.accumulate:
+            raise UserError(f"batch {self.batch} does not divide into {self.accumulate} microbatches")
+        names = [edit.name for edit in self.edits]
+        if len(set(names)) < len(names):
+            raise UserError(f"edits must have different names, got {names}")

@@ -1,0 +1,158 @@
+"""What a run says while it goes: `metrics.jsonl`, TensorBoard events, and a progress bar or lines."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+# The first steps include warming up; they do not count for the rate.
+_SMOOTHING = 0.9
+
+
+class Recorder:
+    """Appends to a run's logs. A process that is not the main one gets one that does nothing.
+
+    Args:
+        folder: the run's folder.
+        steps: steps of the whole run, for the bar.
+        unit: what the throughput counts.
+        console: where people read.
+        active: whether to write at all.
+    """
+
+    def __init__(self, folder: Path, steps: int, unit: str, console: Console, *, active: bool) -> None:
+        self._active = active
+        self._console = console
+        self._steps = steps
+        self._unit = unit
+        if not active:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._events = SummaryWriter(str(folder / "events"), flush_secs=10)
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task("train", total=steps, status="")
+        self._bar.start()
+
+    def train(self, step: int, metrics: Mapping[str, float], rate: float | None, data: float) -> None:
+        """A line about the steps since the last one.
+
+        Args:
+            step: steps done.
+            metrics: means over those steps.
+            rate: units a second; None when not measured yet.
+            data: share of the time spent waiting for data.
+        """
+        if not self._active:
+            return
+        extra = {} if rate is None else {f"{self._unit}_per_second": rate, "data_wait": data}
+        self._write("train", step, {**metrics, **extra})
+        left = "" if rate is None else f"{_short(rate)} {self._unit}/s"
+        status = f"loss {metrics['loss']:.4f}  {left}"
+        if rate:
+            self._eta(step)
+            status += f"  ETA {_clock(self._left(step))}"
+        self._bar.update(self._task, completed=step, status=status)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}/{self._steps}  {status}", highlight=False)
+
+    def _eta(self, step: int) -> None:
+        now = time.perf_counter()
+        before = getattr(self, "_mark", None)
+        if before is not None and step > before[1]:
+            pace = (now - before[0]) / (step - before[1])
+            old = getattr(self, "_pace", pace)
+            self._pace = _SMOOTHING * old + (1 - _SMOOTHING) * pace
+        self._mark = (now, step)
+
+    def _left(self, step: int) -> float:
+        return getattr(self, "_pace", 0.0) * (self._steps - step)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The result of an evaluation."""
+        if not self._active:
+            return
+        self._write("eval", step, metrics)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._console.print(f"step {step}/{self._steps}  held out: {shown}", highlight=False)
+
+    def event(self, name: str, step: int, **details: Any) -> None:
+        """Something that happened: a resume, an edit, a checkpoint, the end."""
+        if self._active:
+            self._line({"event": name, "step": step, "time": time.time(), **details})
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self._active:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Flushes everything and takes the bar down."""
+        if self._active:
+            self._bar.stop()
+            self._file.close()
+            self._events.close()
+
+    def _write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        self._line({"kind": kind, "step": step, "time": time.time(), **metrics})
+        for name, value in metrics.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def _line(self, record: Mapping[str, Any]) -> None:
+        safe = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
+        self._file.write(json.dumps(safe) + "\n")
+
+
+def read(folder: Path) -> tuple[dict[str, dict[int, dict[str, Any]]], list[dict[str, Any]]]:
+    """Reads a run's `metrics.jsonl`.
+
+    A resumed run repeats the steps after its checkpoint; the newest line of a step counts.
+
+    Returns:
+        `{"train": {step: metrics}, "eval": {step: metrics}}` in the order of the steps, and the events as they came.
+    """
+    series: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
+    events = []
+    for record in _lines(folder / "metrics.jsonl"):
+        if "event" in record:
+            events.append(record)
+        else:
+            series[record["kind"]][record["step"]] = record
+    return {kind: dict(sorted(values.items())) for kind, values in series.items()}, events
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a kill
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{letter}"
+    return f"{value:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

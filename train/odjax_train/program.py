@@ -1,0 +1,269 @@
+"""The compiled functions of an experiment on a mesh: init, step, evaluate and one for each edit.
+
+`odjax train`, `eval` and whatever plans a run get them from here, so that what was planned is what runs. Nothing here
+touches data.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from odjax.core import Edit, combine, fold_path, fold_step, partition, run_edit
+from odjax_train.errors import UserError
+from odjax_train.experiment import Experiment
+from odjax_train.mesh import (
+    batch_sharding,
+    data_parallelism,
+    like_parameters,
+    parameter_shardings,
+    replicated,
+)
+from odjax_train.tasks import Batch, Sums, add
+
+
+class TrainState(NamedTuple):
+    """What a run carries from step to step, and what a checkpoint holds.
+
+    Attributes:
+        step: int32 scalar, steps done.
+        key: uint32 data of the run's random key; it never changes, everything is folded from it.
+        params: all parameters.
+        opt_state: state of the optimizer, over the trainable parameters.
+        collections: the model's other collections (batch statistics, constants).
+        ema: float32 average of the trainable parameters, or None.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    opt_state: Any
+    collections: Any
+    ema: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """An experiment's functions, jitted for one mesh; calling them compiles them.
+
+    Attributes:
+        experiment: what they were made from.
+        mesh: the mesh they run on.
+        state: `TrainState` of shapes.
+        shardings: `TrainState` of shardings.
+        batch: shapes of a global batch.
+        init: `() -> TrainState`.
+        step: `(state, batch) -> (state, metrics)`; the state is donated.
+        evaluate: `(params, collections, batch) -> sums`.
+        edits: one `(state) -> state` an edit; the state is donated.
+    """
+
+    experiment: Experiment
+    mesh: Mesh
+    state: TrainState
+    shardings: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[Any, Any, Batch], Sums]
+    edits: tuple[tuple[Edit, Callable[[TrainState], TrainState]], ...]
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Mesh and axis rules in force: around every trace."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.experiment.rules):
+            yield
+
+    def compile(self) -> tuple["Program", float]:
+        """The same program with its step compiled ahead; and the seconds that took."""
+        start = time.perf_counter()
+        with self.context():
+            step = self.step.lower(self.state, self.batch).compile()
+        return dataclasses.replace(self, step=step), time.perf_counter() - start
+
+    def evaluated(self, state: TrainState) -> Any:
+        """The parameters that are judged: the average where there is one."""
+        return _averaged(self.experiment, state.params, state.ema)
+
+
+def _averaged(experiment: Experiment, params: Any, ema: Any) -> Any:
+    if ema is None:
+        return params
+    free, frozen = partition(params, experiment.trainable)
+    return combine(jax.tree.map(lambda e, p: e.astype(p.dtype), ema, free), frozen)
+
+
+def build(experiment: Experiment, mesh: Mesh) -> Program:
+    """Builds the functions of an experiment for a mesh.
+
+    Raises:
+        UserError: when the batch does not divide by the data axes.
+        ValueError: when `trainable` selects nothing, or the model refuses the shapes.
+    """
+    microbatch = experiment.batch // experiment.accumulate
+    parts = data_parallelism(mesh)
+    if microbatch % parts:
+        what = f"batch {experiment.batch}" + (
+            f" in {experiment.accumulate} microbatches of {microbatch}" if experiment.accumulate > 1 else ""
+        )
+        raise UserError(f"{what} does not divide by the {parts} parts of the mesh axes data x fsdp")
+
+    rows = batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((experiment.batch, *leaf.shape), leaf.dtype, sharding=rows)
+        for name, leaf in experiment.data.element_spec().items()
+    }
+    init = _init(experiment, batch)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(experiment.rules):
+        boxed = jax.eval_shape(init)
+    state = nn.unbox(boxed)
+    shardings = _shardings(experiment, boxed, state, mesh)
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
+    whole = replicated(mesh)
+    return Program(
+        experiment=experiment,
+        mesh=mesh,
+        state=state,
+        shardings=shardings,
+        batch=batch,
+        init=jax.jit(lambda: nn.unbox(init()), out_shardings=shardings),
+        step=jax.jit(
+            _step(experiment),
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(
+            _evaluate(experiment),
+            in_shardings=(shardings.params, shardings.collections, rows),
+            out_shardings=whole,
+        ),
+        edits=tuple(
+            (
+                edit,
+                jax.jit(_edit(edit, experiment), in_shardings=(shardings,), out_shardings=shardings, donate_argnums=0),
+            )
+            for edit in experiment.edits
+        ),
+    )
+
+
+def _init(experiment: Experiment, batch: dict[str, jax.ShapeDtypeStruct]) -> Callable[[], TrainState]:
+    def init() -> TrainState:
+        key = jax.random.key(experiment.seed)
+        # One example is enough to see the shapes.
+        example = {name: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
+        collections = dict(
+            experiment.model.init(fold_path(key, "init"), *experiment.task.inputs(example))
+        )
+        params = collections.pop("params", {})
+        free, _ = partition(nn.unbox(params), experiment.trainable)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            key=jax.random.key_data(key),
+            params=params,
+            opt_state=experiment.optimizer.init(free),
+            collections=collections,
+            ema=None if experiment.ema is None else jax.tree.map(lambda p: p.astype(jnp.float32), free),
+        )
+
+    return init
+
+
+def _shardings(experiment: Experiment, boxed: TrainState, state: TrainState, mesh: Mesh) -> TrainState:
+    params = parameter_shardings(boxed.params, mesh, experiment.rules)
+    return TrainState(
+        step=replicated(mesh),
+        key=replicated(mesh),
+        params=params,
+        opt_state=like_parameters(state.opt_state, state.params, params, mesh),
+        collections=parameter_shardings(boxed.collections, mesh, experiment.rules),
+        ema=like_parameters(state.ema, state.params, params, mesh),
+    )
+
+
+def _step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    task, model, optimizer = experiment.task, experiment.model, experiment.optimizer
+
+    def gradient(free: Any, frozen: Any, collections: Any, batch: Batch, key: jax.Array) -> Any:
+        """Gradient of the summed loss, with the sums; and the model's changed collections."""
+
+        def total(free: Any) -> tuple[jax.Array, Any]:
+            variables = {"params": combine(free, frozen), **collections}
+            sums, changed = task.loss(model, variables, batch, key)
+            return sums["loss"].total, (sums, {**collections, **changed})
+
+        return jax.grad(total, has_aux=True)(free)
+
+    def accumulated(free: Any, frozen: Any, collections: Any, batch: Batch, key: jax.Array) -> Any:
+        # Row r goes to microbatch r % accumulate, so every device cuts up the rows it has already.
+        parts = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, experiment.accumulate, *x.shape[1:]), 1, 0), batch
+        )
+
+        def body(carry: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            grads, sums, collections = carry
+            index, rows = part
+            g, (s, collections) = gradient(free, frozen, collections, rows, fold_step(key, index))
+            grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, g)
+            return (grads, add(sums, s), collections), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), free)
+        first = jax.tree.map(lambda x: x[0], parts)
+        _, (shapes, _) = jax.eval_shape(gradient, free, frozen, collections, first, key)
+        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        indices = jnp.arange(experiment.accumulate, dtype=jnp.int32)
+        (grads, sums, collections), _ = jax.lax.scan(body, (zeros, sums, collections), (indices, parts))
+        return grads, (sums, collections)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = fold_step(fold_path(jax.random.wrap_key_data(state.key), "step"), state.step)
+        free, frozen = partition(state.params, experiment.trainable)
+        compute = gradient if experiment.accumulate == 1 else accumulated
+        grads, (sums, collections) = compute(free, frozen, state.collections, batch, key)
+        # A batch without a single weighted target moves nothing.
+        count = jnp.maximum(sums["loss"].count, 1e-9)
+        grads = jax.tree.map(lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype), grads, free)
+        updates, opt_state = optimizer.update(grads, state.opt_state, free)
+        free = optax.apply_updates(free, updates)
+        ema = state.ema
+        if experiment.ema is not None:
+            # The average forgets its start faster while it is young.
+            done = state.step.astype(jnp.float32)
+            rate = 1.0 - jnp.minimum(experiment.ema, (1.0 + done) / (10.0 + done))
+            ema = jax.tree.map(lambda e, p: e + rate * (p.astype(jnp.float32) - e), ema, free)
+        metrics = {name: s.total / jnp.maximum(s.count, 1e-9) for name, s in sums.items()}
+        metrics["grad_norm"] = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        state = TrainState(state.step + 1, state.key, combine(free, frozen), opt_state, collections, ema)
+        return state, metrics
+
+    return step
+
+
+def _evaluate(experiment: Experiment) -> Callable[[Any, Any, Batch], Sums]:
+    def evaluate(params: Any, collections: Any, batch: Batch) -> Sums:
+        sums, _ = experiment.task.loss(experiment.model, {"params": params, **collections}, batch, None)
+        return sums
+
+    return evaluate
+
+
+def _edit(edit: Edit, experiment: Experiment) -> Callable[[TrainState], TrainState]:
+    def apply(state: TrainState) -> TrainState:
+        key = jax.random.wrap_key_data(state.key)
+        free, frozen = partition(state.params, experiment.trainable)
+        free, opt_state = run_edit(edit, key, state.step, free, state.opt_state)
+        return state._replace(params=combine(free, frozen), opt_state=opt_state)
+
+    return apply

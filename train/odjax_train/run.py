@@ -1,0 +1,195 @@
+"""From a configuration to a run: opens what it needs, resumes what is there, trains, and says how it ended."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from odjax.core import tree_report
+from odjax_train import run_folder
+from odjax_train.checkpoints import Checkpoints, Restored
+from odjax_train.config import Config, load
+from odjax_train.data.feed import Feed
+from odjax_train.distributed import barrier, is_main, same_everywhere
+from odjax_train.errors import UserError
+from odjax_train.experiment import Experiment
+from odjax_train.loop import Outcome, StopRequest, evaluate, train
+from odjax_train.mesh import MeshShape, bytes_per_device, make_mesh
+from odjax_train.metrics import Recorder
+from odjax_train.program import Program, build
+from odjax_train.sampling import continue_text
+
+# What is left of the disk when all kept checkpoints and the one being written are there.
+_ROOM = 1.1
+
+
+def start(
+    config: Config,
+    folder: Path | None,
+    *,
+    mesh: MeshShape | None,
+    profile: int,
+    stop: StopRequest,
+) -> Outcome:
+    """Trains the configuration's experiment in its folder, from where the folder stands.
+
+    Args:
+        config: the configuration with its arguments.
+        folder: the run's folder, None for the default one.
+        mesh: instead of the experiment's own.
+        profile: steps to trace.
+        stop: turns true when the run should end.
+    """
+    console = Console(stderr=False, soft_wrap=True)
+    folder = run_folder.default_folder(config) if folder is None else folder
+    experiment = config.experiment()
+    program = build(experiment, make_mesh(mesh or experiment.mesh))
+    data = experiment.data.describe()
+    same_everywhere(np.frombuffer(str(data).encode().ljust(4096)[:4096], np.uint8), "data")
+    details = {
+        "data": data,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "mesh": dict(program.mesh.shape),
+        "unit": experiment.task.unit,
+        "steps": experiment.steps,
+        "best": list(experiment.task.best),
+        "parameters": tree_report(program.state.params, trainable=experiment.trainable),
+    }
+    resuming = run_folder.claim(folder, config, details, write=is_main())
+    barrier("run folder")
+    kept = experiment.keep_last + experiment.keep_best + 1
+    if is_main():
+        run_folder.require_space(folder, int(_ROOM * kept * _size(program)))
+    barrier("space")
+
+    recorder = Recorder(folder, experiment.steps, experiment.task.unit, console, active=is_main())
+    checkpoints = _checkpoints(folder, experiment)
+    feed = None
+    try:
+        recorder.say(_heading(program, folder, data, details["parameters"]))
+        restored = checkpoints.restore(program.state, warn=recorder.say) if resuming else None
+        if restored is None:
+            with program.context():
+                state = program.init()
+            step = 0
+        else:
+            state, step = restored.state, restored.step
+            _settle(restored, checkpoints, recorder)
+        if step >= experiment.steps:
+            text = f"{folder} has finished already, at step {step}; give --run another folder to start again"
+            return Outcome(state, step, "finished", text)
+        program, seconds = program.compile()
+        recorder.say(f"step compiled in {seconds:.1f} s")
+        feed = Feed(experiment.data.train(experiment.seed), program.batch, seed=experiment.seed)
+        feed.set_state(restored.data if restored else {**feed.get_state(), "next_step": step})
+        trace = (folder / "profile", profile) if profile else None
+        with program.context():
+            outcome = train(program, state, feed, checkpoints, recorder, stop, profile=trace)
+        if outcome.status == "finished" and experiment.sample is not None:
+            _sample(program, outcome, recorder)
+        return outcome
+    finally:
+        try:
+            if feed is not None:
+                feed.close()
+            checkpoints.close()
+        finally:
+            recorder.close()
+
+
+def _settle(restored: Restored, checkpoints: Checkpoints, recorder: Recorder) -> None:
+    """Notes where the run goes on, and moves what could not be read out of the way."""
+    for step, _ in restored.skipped:
+        target = checkpoints.set_aside(step)
+        recorder.say(f"moved the checkpoint of step {step} to {target}")
+        barrier(f"set aside {step}")
+    recorder.say(f"resuming from the checkpoint of step {restored.step}")
+    recorder.event("resume", restored.step, skipped=[step for step, _ in restored.skipped])
+
+
+def _checkpoints(folder: Path, experiment: Experiment, *, read_only: bool = False) -> Checkpoints:
+    return Checkpoints(
+        folder / "checkpoints",
+        keep_last=experiment.keep_last,
+        keep_best=experiment.keep_best,
+        best=experiment.task.best,
+        read_only=read_only,
+    )
+
+
+def _size(program: Program) -> int:
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(program.state))
+
+
+def _heading(program: Program, folder: Path, data: dict[str, Any], parameters: str) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    device = jax.devices()[0].device_kind
+    held = bytes_per_device(program.state, program.shardings) / 2**20
+    found = ", ".join(f"{name} {value}" for name, value in data.items())
+    return (
+        f"{parameters}\n"
+        f"run {folder}: {jax.device_count()} x {device}, mesh {mesh}, {held:.1f} MiB of state a device\n"
+        f"data: {found}"
+    )
+
+
+def _sample(program: Program, outcome: Outcome, recorder: Recorder) -> None:
+    sample = program.experiment.sample
+    text = continue_text(program, outcome.state, sample)
+    if is_main():
+        recorder.event("sample", outcome.step, prompt=sample.prompt, text=text)
+        recorder.say(f"a sample after {sample.prompt!r}:\n{sample.prompt}{text}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A run's experiment with one of its checkpoints, without the optimizer.
+
+    Attributes:
+        program: its functions.
+        state: `opt_state` is None.
+        step: steps done.
+    """
+
+    program: Program
+    state: Any
+    step: int
+
+
+def reopen(folder: Path, *, step: int | None, best: bool, mesh: MeshShape | None) -> Loaded:
+    """Loads a run for evaluation or generation.
+
+    Args:
+        folder: the run's folder.
+        step: which checkpoint; the newest readable one when None.
+        best: the best one that was evaluated.
+        mesh: instead of the experiment's own.
+
+    Raises:
+        UserError: when the folder is not a run's or holds no such checkpoint.
+    """
+    record = run_folder.read(folder)
+    config = _typed(load(folder / "config.py"), record["arguments"])
+    experiment = config.experiment()
+    program = build(experiment, make_mesh(mesh or experiment.mesh))
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder} holds no checkpoint yet")
+    checkpoints = _checkpoints(folder, experiment, read_only=True)
+    if best:
+        step = checkpoints.best()
+        if step is None:
+            raise UserError(f"{folder} holds no checkpoint that was evaluated")
+    restored = checkpoints.restore_model(program.state, warn=lambda text: print(text, file=sys.stderr), step=step)
+    if restored is None:
+        raise UserError(f"{folder} holds no checkpoint yet")
+    return Loaded(program, restored.state, restored.step)
+
+
+def judge(loaded: Loaded) -> dict[str, float]:
+    """Metrics of a loaded run on the held-out examples."""
+    return evaluate(loaded.program, loaded.state)
