@@ -1,0 +1,1 @@
+"""What every family builds on: paths, trees, keys, edits, optimizer state, statistics, exact selection."""
