@@ -1,7 +1,8 @@
 """Logical axis names: what the models call the axes of their parameters and activations.
 
-A model never names a mesh axis. It names its own axes with the words below, and one table of rules, given by whoever
-runs it (`flax.linen.logical_axis_rules`), maps them onto the mesh. Without rules or without a mesh nothing happens.
+A model never names a mesh axis. It names its own axes with the words below, and one table of rules, given by
+whoever runs it (`flax.linen.logical_axis_rules`), maps them onto the mesh. Without rules or without a mesh
+nothing happens.
 
 Parameters:
 
@@ -32,8 +33,8 @@ Activations:
 | `act_mlp`      | the hidden width of a feed-forward layer        | `tensor`              |
 | `act_vocab`    | logits                                          | `tensor`              |
 
-A tensor axis must divide `heads`, `kv_heads`, `mlp` and `vocab`; a model with fewer key heads than that needs a rule
-that leaves `kv_heads` and `act_kv_heads` whole.
+A tensor axis must divide `heads`, `kv_heads`, `mlp` and `vocab`; a model with fewer key heads than that needs
+a rule that leaves `kv_heads` and `act_kv_heads` whole.
 """
 
 from collections.abc import Callable
@@ -61,8 +62,8 @@ ACTIVATION_AXES = ("batch", "length", "act_embed", "act_heads", "act_kv_heads", 
 def named(init: nn.initializers.Initializer, *names: str | None) -> Callable[..., nn.LogicallyPartitioned]:
     """An initializer whose result carries logical axis names.
 
-    The box holds the names only (`rules=()`): `nn.DenseGeneral` initializes a flattened kernel, and a box which
-    applied the names of the full shape to it would raise under a mesh.
+    The box holds the names only (`rules=()`): `nn.DenseGeneral` initializes a flattened kernel, and a box
+    which applied the names of the full shape to it would raise under a mesh.
 
     Args:
         init: an initializer `(key, shape, dtype) -> array`.

@@ -1,9 +1,11 @@
 """Decoder-only Transformer of the Llama family.
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU, pre-normalization, no biases. The parameters are laid out
-so that Llama checkpoints load by transposing and reshaping alone (half-split rotary positions, heads as an axis).
+RMSNorm, rotary positions, grouped-query attention, SwiGLU, pre-normalization, no biases. The parameters are
+laid out so that Llama checkpoints load by transposing and reshaping alone (half-split rotary positions, heads
+as an axis).
 
-Source: Touvron et al. 2023, "LLaMA", section 2.2; Grattafiori et al. 2024, "The Llama 3 Herd of Models", table 3.
+Source: Touvron et al. 2023, "LLaMA", section 2.2; Grattafiori et al. 2024, "The Llama 3 Herd of Models",
+table 3.
 """
 
 from typing import Any
@@ -21,8 +23,9 @@ from odjax.models.norms import RMSNorm
 from odjax.models.rotary import RotaryScaling, rotary_angles, rotary_frequencies
 from odjax.models.stack import check_remat, run_layers
 
+
 class DecoderLayer(nn.Module):
-    """One pre-normalized layer: attention, then SwiGLU, each added to its input. Attributes as in `Decoder`."""
+    """One pre-normalized layer: attention, then SwiGLU, each added to its input. Attributes as `Decoder`'s."""
 
     heads: int
     kv_heads: int
@@ -67,7 +70,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Decoder-only Transformer language model.
 
-    Parameters: `embed/embedding` [vocab, width]; `layers/...` with a first axis of `layers` (`attn_norm/scale`,
+    Parameters: `embed/embedding` [vocab, width]; `layers/...` with a first axis of `layers`
+        (`attn_norm/scale`,
     `attn/(q|k|v|o)/kernel`, `mlp_norm/scale`, `mlp/(gate|up|down)/kernel`); `norm/scale`; `lm_head/kernel`
     [width, vocab] if not tied.
 
@@ -85,7 +89,8 @@ class Decoder(nn.Module):
         norm_eps: of every RMSNorm.
         qk_norm: whether queries and keys are normalized per head.
         tied: whether the head is the transposed embedding.
-        head: a module or function [B, T, width] -> [B, T, vocab] in place of the learned head; not with `tied`.
+        head: a module or function [B, T, width] -> [B, T, vocab] in place of the learned head; not with
+            `tied`.
         attention: implementation, see `odjax.models.attention.attend`.
         remat: a key of `odjax.models.stack.REMAT_POLICIES`.
         scan: whether layers are scanned.
@@ -128,9 +133,7 @@ class Decoder(nn.Module):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.head_dim is None and self.width % self.heads:
-            raise ValueError(
-                f"width {self.width} is not a multiple of heads {self.heads}: give head_dim, or change one of them"
-            )
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: give head_dim too")
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
         if self.tied and self.head is not None:
@@ -207,13 +210,13 @@ class Decoder(nn.Module):
             [B, T, width] in `dtype`.
 
         Raises:
-            ValueError: if the sequence or the cache is longer than `max_length`, or if both segments and a cache are given.
+            ValueError: if the sequence or the cache is longer than `max_length`, or if both segments and a
+                cache are given.
         """
         length = tokens.shape[1]
-        if max(length, cache_length or 0) > self.max_length:
-            raise ValueError(
-                f"sequence of {max(length, cache_length or 0)} tokens is longer than max_length {self.max_length}"
-            )
+        longest = max(length, cache_length or 0)
+        if longest > self.max_length:
+            raise ValueError(f"a sequence of {longest} tokens is longer than max_length {self.max_length}")
         if segments is not None and cache_length is not None:
             raise ValueError("segments and cache_length exclude each other: generate one document a row")
         if positions is None:
@@ -288,23 +291,47 @@ def head_dim(model: Decoder) -> int:
 LLAMA_31_SCALING = RotaryScaling(factor=8.0)
 LLAMA_32_SCALING = RotaryScaling(factor=32.0)
 
+
+def _sizes(
+    vocab: int,
+    layers: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    mlp_width: int,
+    max_length: int,
+    **more: Any,
+) -> dict[str, Any]:
+    return {
+        "vocab": vocab,
+        "layers": layers,
+        "width": width,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "mlp_width": mlp_width,
+        "max_length": max_length,
+        **more,
+    }
+
+
+# vocab, layers, width, heads, kv_heads, mlp_width, max_length
 PRESETS: dict[str, dict[str, Any]] = {
-    # A byte-level model for tests: 0.3 million parameters.
-    "tiny": {"vocab": 256, "layers": 2, "width": 96, "heads": 4, "kv_heads": 2, "mlp_width": 256, "max_length": 256, "tied": True},
-    # A byte-level model that a CPU trains in minutes.
-    "byte-small": {"vocab": 256, "layers": 4, "width": 192, "heads": 6, "mlp_width": 512, "max_length": 1024, "tied": True},
-    # The sizes that work on memory-efficient pretraining reports (GaLore, table 2).
-    "60m": {"vocab": 32000, "layers": 8, "width": 512, "heads": 8, "mlp_width": 1376, "max_length": 1024, "norm_eps": 1e-6},
-    "130m": {"vocab": 32000, "layers": 12, "width": 768, "heads": 12, "mlp_width": 2048, "max_length": 1024, "norm_eps": 1e-6},
-    "350m": {"vocab": 32000, "layers": 24, "width": 1024, "heads": 16, "mlp_width": 2736, "max_length": 1024, "norm_eps": 1e-6},
+    # Byte-level: for tests, and for a CPU to train in minutes.
+    "tiny": _sizes(256, 2, 96, 4, 2, 256, 256, tied=True),
+    "byte-small": _sizes(256, 4, 192, 6, 6, 512, 1024, tied=True),
+    # The sizes that work on memory-efficient pretraining reports (Zhao et al. 2024, "GaLore", table 2).
+    "60m": _sizes(32000, 8, 512, 8, 8, 1376, 1024, norm_eps=1e-6),
+    "130m": _sizes(32000, 12, 768, 12, 12, 2048, 1024, norm_eps=1e-6),
+    "350m": _sizes(32000, 24, 1024, 16, 16, 2736, 1024, norm_eps=1e-6),
     # Llama 3.2 1B.
-    "1b": {"vocab": 128256, "layers": 16, "width": 2048, "heads": 32, "kv_heads": 8, "mlp_width": 8192, "max_length": 131072, "rope_theta": 500000.0, "rope_scaling": LLAMA_32_SCALING, "tied": True},
-    # Llama 2 7B.
-    "7b": {"vocab": 32000, "layers": 32, "width": 4096, "heads": 32, "mlp_width": 11008, "max_length": 4096},
-    # Llama 3 8B and 70B.
-    "8b": {"vocab": 128256, "layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 14336, "max_length": 8192, "rope_theta": 500000.0},
-    "70b": {"vocab": 128256, "layers": 80, "width": 8192, "heads": 64, "kv_heads": 8, "mlp_width": 28672, "max_length": 8192, "rope_theta": 500000.0},
-}  # fmt: skip
+    "1b": _sizes(
+        128256, 16, 2048, 32, 8, 8192, 131072, rope_theta=5e5, rope_scaling=LLAMA_32_SCALING, tied=True
+    ),
+    # Llama 2 7B, Llama 3 8B, Llama 3 70B.
+    "7b": _sizes(32000, 32, 4096, 32, 32, 11008, 4096),
+    "8b": _sizes(128256, 32, 4096, 32, 8, 14336, 8192, rope_theta=5e5),
+    "70b": _sizes(128256, 80, 8192, 64, 8, 28672, 8192, rope_theta=5e5),
+}
 
 
 def decoder(preset: str, **overrides: Any) -> Decoder:
@@ -352,8 +379,8 @@ def parameter_count(model: Decoder) -> int:
 def flops_per_token(model: Decoder, length: int, *, training: bool = True) -> int:
     """Floating-point operations of the matrix products, per token of a sequence.
 
-    Attention is counted in full, without the causal half: what is computed where the mask is applied afterwards.
-    Norms, rotations, softmax and rematerialization are not counted; the embedding is a lookup.
+    Attention is counted in full, without the causal half: what is computed where the mask is applied
+    afterwards. Norms, rotations, softmax and rematerialization are not counted; the embedding is a lookup.
 
     Args:
         model: the decoder.

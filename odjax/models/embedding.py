@@ -12,8 +12,8 @@ embedding_init = nn.initializers.normal(0.02)
 def table_by_vocab(*arrays: jax.Array, dtype: DTypeLike, inexact: bool = True) -> list[jax.Array]:
     """A `promote_dtype` for `nn.Embed`: casts, and lays the table out by its vocabulary alone.
 
-    A table split along its width as well makes the partitioner replicate the looked-up activations; gathered along
-    the width first, every device looks up its part of the vocabulary.
+    A table split along its width as well makes the partitioner replicate the looked-up activations; gathered
+    along the width first, every device looks up its part of the vocabulary.
 
     Args:
         *arrays: the table [vocab, width] last, as `nn.Embed` gives them.

@@ -1,4 +1,4 @@
-"""Rotary positions in the half-split layout, the one that Llama checkpoints of Hugging Face are stored for."""
+"""Rotary positions in the half-split layout, the one of Llama checkpoints in Hugging Face format."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ class RotaryScaling:
     Wavelengths longer than `original_length / low` are stretched by `factor`, those shorter than
     `original_length / high` are kept, and the ones between are interpolated.
 
-    Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models"; the values are those of Llama 3.1 (Llama 3.2 has
-    factor 32).
+    Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models"; the values are those of Llama 3.1 (Llama
+    3.2 has factor 32).
 
     Attributes:
         factor: how much longer the longest wavelengths become.

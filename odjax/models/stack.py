@@ -51,10 +51,10 @@ def run_layers(
 ) -> jax.Array:
     """Applies `layers` equal layers to `x`; call it inside a compact method.
 
-    Scanned, the variables of all layers are stacked along a new first axis, whose logical name is "layers", in one
-    subtree `name`: compilation takes the time of one layer. Unrolled, there is a subtree `name_0`, `name_1`, ...
-    `stack_layers` and `unstack_layers` convert. Every collection is stacked and every key is split, so that what
-    an intercepted module adds (adapters, statistics, caches) is stacked too.
+    Scanned, the variables of all layers are stacked along a new first axis, whose logical name is "layers",
+    in one subtree `name`: compilation takes the time of one layer. Unrolled, there is a subtree `name_0`,
+    `name_1`, ... `stack_layers` and `unstack_layers` convert. Every collection is stacked and every key is
+    split, so that what an intercepted module adds (adapters, statistics, caches) is stacked too.
 
     Args:
         make: makes the layer, `make(name=...)`; the layer maps `(x, *shared) -> x`, or
@@ -95,7 +95,8 @@ def run_layers(
 def stack_layers(params: Mapping[str, Any], name: str = "layers") -> dict[str, Any]:
     """Turns the parameters of an unrolled stack into those of a scanned one.
 
-    Subtrees `name_0` ... `name_{n-1}` become one subtree `name` with a new first axis, at any depth of the tree.
+    Subtrees `name_0` ... `name_{n-1}` become one subtree `name` with a new first axis, at any depth of the
+    tree.
 
     Args:
         params: tree of dicts with arrays as leaves, without boxes.
@@ -108,8 +109,9 @@ def stack_layers(params: Mapping[str, Any], name: str = "layers") -> dict[str, A
         ValueError: if the numbers are not 0..n-1.
 
     Example:
-        >>> stack_layers({"layers_0": {"w": jnp.zeros(3)}, "layers_1": {"w": jnp.ones(3)}})["layers"]["w"].shape
-        (2, 3)
+        >>> stack_layers({"layers_0": {"w": jnp.zeros(1)}, "layers_1": {"w": jnp.ones(1)}})
+        {'layers': {'w': Array([[0.],
+               [1.]], dtype=float32)}}
     """
     pattern = re.compile(re.escape(name) + r"_(\d+)")
     numbered: dict[int, Any] = {}
