@@ -73,14 +73,17 @@ def read_bytes(spec: str, path: Path) -> bytes:
 def open_stdlib(spec: str, what: str, split: str, held_out: float | None) -> Documents:
     """The `.py` files of the running Python's standard library: real text on every machine.
 
-    Without installed packages, the library's own tests, bytecode, and the files that describe the build or the machine.
-    Another Python version is another corpus.
+    Without installed packages, the library's own tests, bytecode, and the files that describe the build or
+    the machine. Another Python version is another corpus.
     """
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        machine = parts[-1].startswith("_sysconfigdata") or parts[-1] in ("sitecustomize.py", "usercustomize.py")
+        machine = parts[-1].startswith("_sysconfigdata") or parts[-1] in (
+            "sitecustomize.py",
+            "usercustomize.py",
+        )
         if not machine and not _STDLIB_EXCLUDED.intersection(parts[:-1]):
             found.append(Document("/".join(parts), path))
     if not found:
@@ -91,12 +94,14 @@ def open_stdlib(spec: str, what: str, split: str, held_out: float | None) -> Doc
 def open_text(spec: str, what: str, split: str, held_out: float | None) -> Documents:
     """Text files by name or glob (`**` for any depth).
 
-    Of several files, those whose name hashes low are held out, at least one. Of a single file, the end is held out, cut
-    behind a line.
+    Of several files, those whose name hashes low are held out, at least one. Of a single file, the end is
+    held out, cut behind a line.
     """
     pattern = Path(what).expanduser()
     if pattern.is_dir():
-        raise UserError(f"data source {spec!r}: {pattern} is a folder; write text:{pattern}/* or text:{pattern}/**/*.txt")
+        raise UserError(
+            f"data source {spec!r}: {pattern} is a folder; write text:{pattern}/* or text:{pattern}/**/*.txt"
+        )
     if pattern.is_file():
         return Documents(spec, _split_file(spec, pattern, split, held_out))
     paths = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if Path(name).is_file())
@@ -110,7 +115,7 @@ def open_text(spec: str, what: str, split: str, held_out: float | None) -> Docum
 
 
 def _fixed_part(pattern: Path) -> Path:
-    """The folders before the first wildcard: names are relative to it, so moving the data moves no file across the split."""
+    """The folders before the first wildcard; names are relative to it, so a moved corpus splits alike."""
     fixed = []
     for part in pattern.parts[:-1]:
         if glob.has_magic(part):
@@ -144,7 +149,9 @@ def _split_file(spec: str, path: Path, split: str, held_out: float | None) -> li
     part = _HELD_OUT_OF_A_FILE if held_out is None else held_out
     cut = _cut(text, round(len(text) * (1 - part)))
     if not 0 < cut < len(text):
-        raise UserError(f"data source {spec!r}: {path} is too short ({len(text)} bytes) to hold out a part of it")
+        raise UserError(
+            f"data source {spec!r}: {path} is too short ({len(text)} bytes) to hold out a part of it"
+        )
     return [Document(path.name, path, 0, cut) if split == "train" else Document(path.name, path, cut)]
 
 

@@ -1,4 +1,4 @@
-"""Random access to examples, one at a time or a batch at once, in an order that is a function of (seed, index) alone."""
+"""Examples by number, one at a time or a batch at once, in an order that is a function of (seed, index)."""
 
 import sys
 from collections.abc import Callable
@@ -17,12 +17,13 @@ Read = Callable[[np.ndarray, np.ndarray], Arrays]
 class Examples(grain.MapDataset):
     """Examples that are read many at once.
 
-    With a seed: endless, every epoch a new shuffle of all examples; example i is a function of (seed, i). Without: finite,
-    in the order of the source.
+    With a seed: endless, every epoch a new shuffle of all examples; example i is a function of (seed, i).
+    Without: finite, in the order of the source.
 
     Args:
-        read: `(rows [n] int64, draws [n] uint64) -> {name: array [n, ...]}`; `rows` are numbers of source examples, `draws`
-            are random bits that belong to the seed and to the place in the stream (augmentation draws from them).
+        read: `(rows [n] int64, draws [n] uint64) -> {name: array [n, ...]}`; `rows` are numbers of source
+            examples, `draws` are random bits that belong to the seed and to the place in the stream
+            (augmentation draws from them).
         size: number of source examples, at least 1.
         seed: of the order, None for the fixed order.
         fingerprint: identifies the content; a resumed run compares it.
@@ -114,8 +115,8 @@ def _take(dataset: grain.MapDataset, indices: np.ndarray) -> Arrays:
 def batches(dataset: grain.MapDataset, batch: int, rows: np.ndarray) -> grain.MapDataset:
     """Global batches of consecutive examples, of which this process reads its own rows.
 
-    What global batch `step` holds does not depend on how the rows are divided. A last batch that would not be full is left
-    out.
+    What global batch `step` holds does not depend on how the rows are divided. A last batch that would not be
+    full is left out.
 
     Args:
         dataset: of dicts of arrays; an `Examples` is read a batch at once, any other element by element.

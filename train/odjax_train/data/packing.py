@@ -1,24 +1,26 @@
 """Packing documents into sequences of one length, with random access.
 
-Every document is stored as its separator followed by its tokens, documents one after another; example i holds the stream's
-positions `[i L, i L + L)` and its targets are one further. So:
+Every document is stored as its separator followed by its tokens, documents one after another; example i holds
+the stream's positions `[i L, i L + L)` and its targets are one further. So:
 
 - the separator that opens a document belongs to it: generating from nothing starts from a separator;
-- the target of a document's last token is a separator. It ends that document and also opens the next one, so no target
-  carries a token of another document and every target counts: weights are 1 except on padding;
-- each token of the corpus is an input exactly once and a target exactly once per epoch. Only the last example is padded.
+- the target of a document's last token is a separator. It ends that document and also opens the next one, so
+  no target carries a token of another document and every target counts: weights are 1 except on padding;
+- each token of the corpus is an input exactly once and a target exactly once per epoch. Only the last example
+  is padded.
 
-Attention is kept inside documents by `segments`; `positions` count from the start of the document or, where an example
-begins inside a document, from the start of the example, so they stay below L.
+Attention is kept inside documents by `segments`; `positions` count from the start of the document or, where
+an example begins inside a document, from the start of the example, so they stay below L.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -34,8 +36,8 @@ class Corpus(NamedTuple):
     """Tokenised documents in one flat array, each behind its separator.
 
     Attributes:
-        tokens: `[N]` in the smallest unsigned dtype that holds the vocabulary (1 byte a token for bytes); in memory, or
-            mapped from disk.
+        tokens: `[N]` in the smallest unsigned dtype that holds the vocabulary (1 byte a token for bytes); in
+            memory, or mapped from disk.
         starts: int64 `[D + 1]`, where documents begin; the last is N.
     """
 
@@ -86,11 +88,11 @@ def stored_corpus(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             offsets = [0]
-            with _replacing(tokens) as (file, _):
+            with _replacing(tokens) as file:
                 for part in _with_separator(documents, separator, dtype):
                     file.write(part.tobytes())
                     offsets.append(offsets[-1] + part.size)
-            with _replacing(starts) as (file, _):
+            with _replacing(starts) as file:
                 np.save(file, np.array(offsets, np.int64))
         except OSError as error:
             raise UserError(f"cache {path.parent}: cannot write: {error.strerror or error}") from error
@@ -100,23 +102,17 @@ def stored_corpus(
     return Corpus(np.memmap(tokens, dtype, mode="r"), bounds)
 
 
-class _replacing:
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under its name only when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self):  # noqa: ANN204
-        handle, self._temporary = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
-        self._file = os.fdopen(handle, "wb")
-        return self._file, self._temporary
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self._file.close()
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            os.unlink(self._temporary)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def _with_separator(documents: Iterable[np.ndarray], separator: int, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -136,7 +132,7 @@ def digest(*arrays: np.ndarray) -> str:
     state = hashlib.blake2b(digest_size=16)
     for array in arrays:
         state.update(f"{array.shape}{array.dtype.str}".encode())
-        flat = array.reshape(-1).view(np.uint8) if array.flags.c_contiguous else np.frombuffer(array.tobytes(), np.uint8)
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         if flat.size <= _DIGEST_CHUNKS * _DIGEST_CHUNK:
             state.update(flat)
         else:
@@ -178,8 +174,8 @@ class Packed:
             draws: not used.
 
         Returns:
-            `tokens`, `targets`, `segments` (1, 2, ... within the example, 0 on padding), `positions`, int32 `[B, L]`, and
-            `weights` float32 `[B, L]`.
+            `tokens`, `targets`, `segments` (1, 2, ... within the example, 0 on padding), `positions`, int32
+            `[B, L]`, and `weights` float32 `[B, L]`.
         """
         del draws
         place = rows[:, None] * self.length + np.arange(self.length + 1)
@@ -228,7 +224,8 @@ def pack(documents: Corpus, length: int, *, separator: int, padding: int, seed: 
         UserError: the corpus is empty.
         ValueError: `length` is not positive.
 
-    >>> packed = pack(corpus([np.array([1, 2]), np.array([3])], separator=9, vocab=10), 3, separator=9, padding=8)
+    >>> documents = corpus([np.array([1, 2]), np.array([3])], separator=9, vocab=10)
+    >>> packed = pack(documents, 3, separator=9, padding=8)
     >>> packed.read(np.array([0, 1]))["tokens"].tolist()
     [[9, 1, 2], [9, 3, 8]]
     >>> packed.read(np.array([0, 1]))["targets"].tolist()

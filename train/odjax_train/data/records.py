@@ -1,7 +1,8 @@
 """Records from storage: ArrayRecord files, and data sets that tensorflow-datasets has prepared as such.
 
-An ArrayRecord file of ours holds one msgpack map a record (`flax.serialization.msgpack_serialize`): names to arrays, bytes,
-text or numbers. `write_arrayrecord` writes it. Raw text records (`arrayrecord+text:`) are UTF-8, one document each.
+An ArrayRecord file of ours holds one msgpack map a record (`flax.serialization.msgpack_serialize`): names to
+arrays, bytes, text or numbers. `write_arrayrecord` writes it. Raw text records (`arrayrecord+text:`) are
+UTF-8, one document each.
 """
 
 import glob
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.serialization
-import numpy as np
 
 from odjax_train.data.sources import Record, Source, split_records
 from odjax_train.errors import UserError
@@ -23,7 +23,8 @@ def write_arrayrecord(path: str | Path, records: Iterable[Record | bytes]) -> in
 
     Args:
         path: the file; it appears under its name when it is complete.
-        records: dicts of arrays, bytes, text and numbers; or bytes, which are stored as they are (`arrayrecord+text:`).
+        records: dicts of arrays, bytes, text and numbers; or bytes, which are stored as they are
+            (`arrayrecord+text:`).
 
     Returns:
         Number of records written.
@@ -90,7 +91,8 @@ class Decoded:
             ) from error
         if not isinstance(record, dict):
             raise UserError(
-                f"data source {self.spec!r}: record {index} is a {type(record).__name__}, not a map; for raw text write "
+                f"data source {self.spec!r}: record {index} is a {type(record).__name__}, not a map; for raw "
+                "text write "
                 "arrayrecord+text:"
             )
         return record
@@ -136,9 +138,10 @@ def _open_arrayrecord(
 def open_tfds(spec: str, what: str, split: str, held_out: float | None) -> Source:
     """A data set of tensorflow-datasets through its random-access reader, which needs no TensorFlow.
 
-    `train` and `test` are the data set's own (`validation` where there is no `test`; a part of `train` where there is
-    neither). `tfds:<name>@<split>` takes that TFDS split as everything there is. A data set that is not prepared yet is
-    downloaded and prepared once, under the folder that tensorflow-datasets itself chooses (`TFDS_DATA_DIR`).
+    `train` and `test` are the data set's own (`validation` where there is no `test`; a part of `train` where
+    there is neither). `tfds:<name>@<split>` takes that TFDS split as everything there is. A data set that is
+    not prepared yet is downloaded and prepared once, under the folder that tensorflow-datasets itself chooses
+    (`TFDS_DATA_DIR`).
     """
     import tensorflow_datasets as tfds
 
@@ -152,8 +155,10 @@ def open_tfds(spec: str, what: str, split: str, held_out: float | None) -> Sourc
     except Exception as error:  # a download and foreign code: anything can come
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"data source {spec!r}: not prepared under {builder.data_dir} and preparing it failed ({reason}); run "
-            f"`tfds build {name} --file_format=array_record` where TensorFlow is installed and copy the folder here"
+            f"data source {spec!r}: not prepared under {builder.data_dir} and preparing it failed "
+            f"({reason}); run "
+            f"`tfds build {name} --file_format=array_record` where TensorFlow is installed and copy the "
+            "folder here"
         ) from error
     known = set(builder.info.splits)
     if only:
@@ -171,7 +176,8 @@ def _tfds_records(spec: str, builder: Any, split: str) -> Source:
         source = builder.as_data_source(split)
     except NotImplementedError as error:
         raise UserError(
-            f"data source {spec!r}: the data set under {builder.data_dir} was not prepared as array_record; delete it or "
+            f"data source {spec!r}: the data set under {builder.data_dir} was not prepared as array_record; "
+            "delete it or "
             "set TFDS_DATA_DIR to another folder"
         ) from error
     except (ValueError, KeyError) as error:
@@ -180,23 +186,3 @@ def _tfds_records(spec: str, builder: Any, split: str) -> Source:
     if not len(source):
         raise UserError(f"data source {spec!r}: split {split!r} is empty")
     return source
-
-
-def stack(source: str, values: Sequence[Any], first: int) -> np.ndarray:
-    """Stacks the same field of several records.
-
-    Args:
-        source: named in the error.
-        values: one a record.
-        first: number of the first record.
-
-    Raises:
-        UserError: shapes differ.
-    """
-    arrays = [np.asarray(value) for value in values]
-    for number, array in enumerate(arrays):
-        if array.shape != arrays[0].shape:
-            raise UserError(
-                f"data source {source!r}: example {first + number} has shape {array.shape}, another {arrays[0].shape}"
-            )
-    return np.stack(arrays)

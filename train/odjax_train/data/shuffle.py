@@ -1,4 +1,4 @@
-"""Shuffling and random numbers as pure functions of (seed, index): no state, no array the size of the data."""
+"""Shuffling and random bits as pure functions of (seed, index): no state, no array of the data's size."""
 
 import math
 
@@ -47,9 +47,9 @@ def key_of(*numbers: int | np.ndarray) -> np.ndarray:
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """Where a keyed permutation of `range(size)` sends each index.
 
-    A Feistel network over pairs of digits in base ceil(sqrt(size)) permutes a range at most slightly larger than `size`;
-    what falls outside is sent through again until it lands inside (cycle walking; Black and Rogaway 2002, "Ciphers with
-    arbitrary finite domains").
+    A Feistel network over pairs of digits in base ceil(sqrt(size)) permutes a range at most slightly larger
+    than `size`; what falls outside is sent through again until it lands inside (cycle walking; Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Args:
         index: integers `[n]` in `[0, size)`.

@@ -1,13 +1,14 @@
 """Where records come from: `open_source("<scheme>:<what>", split)`.
 
-    digits                  scikit-learn's 1,797 handwritten digits, 8x8 grey
-    stdlib                  the source files of the Python standard library
-    text:<file or glob>     text files, `.gz` too; one document a file
-    npz:<file>              arrays: x_train y_train x_test y_test, or x y, or jpeg_s offset_s y_s
-    tfds:<name>[@<split>]   tensorflow-datasets, without TensorFlow
-    arrayrecord:<glob>      ArrayRecord files of dicts (`write_arrayrecord`); arrayrecord+text: raw text records
+digits                  scikit-learn's 1,797 handwritten digits, 8x8 grey
+stdlib                  the source files of the Python standard library
+text:<file or glob>     text files, `.gz` too; one document a file
+npz:<file>              arrays: x_train y_train x_test y_test, or x y, or jpeg_s offset_s y_s
+tfds:<name>[@<split>]   tensorflow-datasets, without TensorFlow
+arrayrecord:<glob>      ArrayRecord files of dicts (`write_arrayrecord`); arrayrecord+text: raw text records
 """
 
+import itertools
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -93,14 +94,14 @@ def records(source: Source, chunk: int = 256) -> Iterator[Record]:
 def open_source(spec: str, split: str, *, held_out: float | None = None) -> Source:
     """Opens what a spec names.
 
-    Where a source has no test part of its own, a part of it that depends on nothing but its size (or, for files, on their
-    names) is held out.
+    Where a source has no test part of its own, a part of it that depends on nothing but its size (or, for
+    files, on their names) is held out.
 
     Args:
         spec: `"<scheme>"` or `"<scheme>:<what>"`, see the module.
         split: `"train"`, `"test"` or `"all"`.
-        held_out: the part that is held out where there is no declared test part, between 0 and 1; None for the source's
-            own habit (1/5 of digits, 1/16 of text files, 1/10 of anything else).
+        held_out: the part that is held out where there is no declared test part, between 0 and 1; None for
+            the source's own habit (1/5 of digits, 1/16 of text files, 1/10 of anything else).
 
     Returns:
         Records by number.
@@ -136,9 +137,10 @@ def split_arrays(spec: str, arrays: Arrays, split: str, held_out: float) -> Arra
 
 
 def split_records(spec: str, source: Source, split: str, held_out: float) -> Source:
-    """One side of any records: from each block of k = 1 / held_out of them, one is held out, at a hashed place.
+    """One side of any records: of each block of k = 1 / held_out, one is held out, at a hashed place.
 
-    Which records are held out depends on their number alone, takes no memory, and follows no period of the data.
+    Which records are held out depends on their number alone, takes no memory, and follows no period of the
+    data.
 
     Args:
         spec: named in errors.
@@ -205,7 +207,9 @@ def _npz_split(spec: str, file: "np.lib.npyio.NpzFile", split: str, held_out: fl
         else:
             image = _decode_images(spec, file[f"jpeg{end}"], file[f"offset{end}"])
         if len(image) != len(label):
-            raise UserError(f"data source {spec!r}: {len(image)} images in x{end} but {len(label)} labels in y{end}")
+            raise UserError(
+                f"data source {spec!r}: {len(image)} images in x{end} but {len(label)} labels in y{end}"
+            )
         if not len(label):
             raise UserError(f"data source {spec!r}: y{end} is empty")
         return Arrays({"image": image, "label": label})
@@ -221,7 +225,8 @@ def _npz_split(spec: str, file: "np.lib.npyio.NpzFile", split: str, held_out: fl
     if has(""):
         return split_arrays(spec, read(""), split, held_out or 0.1)
     raise UserError(
-        f"data source {spec!r}: needs the arrays x_train, y_train, x_test, y_test, or x, y, or jpeg_s, offset_s, y_s for s "
+        f"data source {spec!r}: needs the arrays x_train, y_train, x_test, y_test, or x, y, or jpeg_s, "
+        "offset_s, y_s for s "
         f"in train, test; it holds {', '.join(sorted(keys)) or 'nothing'}"
     )
 
@@ -233,7 +238,7 @@ def _decode_images(spec: str, data: np.ndarray, offsets: np.ndarray) -> np.ndarr
     from PIL import Image, UnidentifiedImageError
 
     out = None
-    for number, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for number, (start, stop) in enumerate(itertools.pairwise(offsets)):
         try:
             image = np.asarray(Image.open(io.BytesIO(data[start:stop].tobytes())))
         except (UnidentifiedImageError, OSError) as error:
@@ -254,7 +259,9 @@ def _late(module: str, name: str) -> Callable[[str, str, str, float | None], Sou
     def opener(spec: str, what: str, split: str, held_out: float | None) -> Source:
         import importlib
 
-        return getattr(importlib.import_module(f"odjax_train.data.{module}"), name)(spec, what, split, held_out)
+        return getattr(importlib.import_module(f"odjax_train.data.{module}"), name)(
+            spec, what, split, held_out
+        )
 
     return opener
 

@@ -58,8 +58,8 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """UTF-8 bytes as ids: a vocabulary of exactly 256.
 
-    The bytes 0xF8 to 0xFF never occur in UTF-8, so 0xFF separates documents and 0xFE is padding. What is not valid UTF-8
-    becomes U+FFFD first; valid text comes back unchanged.
+    The bytes 0xF8 to 0xFF never occur in UTF-8, so 0xFF separates documents and 0xFE is padding. What is not
+    valid UTF-8 becomes U+FFFD first; valid text comes back unchanged.
 
     >>> ByteTokenizer().decode(ByteTokenizer().encode("Ωmega"))
     'Ωmega'
@@ -84,6 +84,9 @@ class ByteTokenizer:
         """The text of ids `[n]`; separators and padding are left out, broken UTF-8 becomes U+FFFD."""
         ids = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens), np.int64)
         return ids[(ids >= 0) & (ids < 0xF8)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+BYTES = ByteTokenizer()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +173,9 @@ class HuggingFaceTokenizer:
 
     def encode_all(self, texts: Iterable[Text]) -> Iterator[np.ndarray]:
         """As `encode`, for many texts, a few at once on all cores."""
-        decoded = (text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text for text in texts)
+        decoded = (
+            text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text for text in texts
+        )
         while group := list(itertools.islice(decoded, 64)):
             for encoding in self._tokenizer.encode_batch_fast(group, add_special_tokens=False):
                 yield np.asarray(encoding.ids, np.int32)
