@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from odjax.core.keys import check_key, fold_path, fold_step
@@ -113,7 +114,8 @@ def run_edit(
             if jnp.shape(old) != jnp.shape(new) or jnp.result_type(old) != jnp.result_type(new):
                 place = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ValueError(
-                    f"edit {edit.name!r} changed {what} at {place!r} from {jnp.result_type(old)}{list(jnp.shape(old))}"
+                    f"edit {edit.name!r} changed {what} at {place!r} "
+                    f"from {jnp.result_type(old)}{list(jnp.shape(old))}"
                     f" to {jnp.result_type(new)}{list(jnp.shape(new))}: an edit must keep shapes and dtypes"
                 )
     return result
@@ -164,7 +166,7 @@ def run_edits(
     """
     carry = (params, opt_state)
     for edit in check_edits(edits):
-        if isinstance(step, int):
+        if isinstance(step, int | np.integer):
             carry = run_edit(edit, key, step, *carry) if edit.due(step) else carry
         else:
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from odjax.core.paths import Where, map_with_path, select
+from odjax.core.paths import Where, is_box, map_with_path, select
 
 # Their parameter-shaped pieces do not start at zero.
 _NOT_ZERO_AT_INIT = (
@@ -50,7 +50,7 @@ def _resembles(node: Any, params: Any) -> int:
         return 1 if _is_leaf(params) and _is_leaf(node) else -1
     children, structure = _children(node)
     wanted, expected = _children(params)
-    if structure != expected:
+    if structure != expected and not (is_box(node) and is_box(params)):
         return -1
     total = 0
     for child, want in zip(children, wanted, strict=True):
@@ -113,7 +113,8 @@ def map_params_state(fn: Callable[[str, Any, Any], Any], opt_state: Any, params:
     Example:
       >>> params = {"w": jnp.ones(2), "b": jnp.ones(1)}
       >>> state = optax.adam(1e-3).init(params)
-      >>> state = map_params_state(lambda path, p, m: jnp.full_like(m, 7) if path == "w" else m, state, params)
+      >>> fill = lambda path, param, leaf: jnp.full_like(leaf, 7) if path == "w" else leaf
+      >>> state = map_params_state(fill, state, params)
       >>> state[0].mu["w"], state[0].mu["b"], state[0].count
       (Array([7., 7.], dtype=float32), Array([0.], dtype=float32), Array(0, dtype=int32))
     """
