@@ -8,6 +8,7 @@ memory.
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Text:
             )
         return corpus
 
-    def _tokens(self, spec: str, source: Source):
+    def _tokens(self, spec: str, source: Source) -> Iterator[np.ndarray]:
         first = source[0] if len(source) else {}
         if len(source) and self.field not in first:
             found = ", ".join(sorted(first))
@@ -136,7 +137,7 @@ class Text:
             return self._checked(spec, values)
         return self.tokenizer.encode_all(values)
 
-    def _checked(self, spec: str, values):  # noqa: ANN001
+    def _checked(self, spec: str, values: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for number, ids in enumerate(values):
             if ids.size and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab:
                 raise UserError(
