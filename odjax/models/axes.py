@@ -76,7 +76,7 @@ def named(init: nn.initializers.Initializer, *names: str | None) -> Callable[...
         >>> dense = nn.Dense(8, kernel_init=named(nn.initializers.lecun_normal(), "embed", "mlp"))
         >>> variables = dense.init(jax.random.key(0), jax.numpy.ones((1, 4)))
         >>> nn.get_partition_spec(variables)["params"]["kernel"]
-        PartitionSpec('embed', 'mlp')
+        P('embed', 'mlp')
     """
     return nn.with_logical_partitioning(init, names, rules=())
 

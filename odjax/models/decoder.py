@@ -25,7 +25,7 @@ from odjax.models.stack import check_remat, run_layers
 
 
 class DecoderLayer(nn.Module):
-    """One pre-normalized layer: attention, then SwiGLU, each added to its input. Attributes as `Decoder`'s."""
+    """One pre-normalized layer: attention, then SwiGLU, each added to its input. See `Decoder`."""
 
     heads: int
     kv_heads: int

@@ -1,6 +1,6 @@
 """Generation with a cache of keys and values: one pass over the prompt, then a token at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -172,17 +172,129 @@ def generate(
     # Slots past a row's length are written with filling now and overwritten before they are looked at.
     every = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape)
     logits, cache = step(prompt, every, None, lengths - 1)
-    first = jnp.zeros((batch,), jnp.int32)
+    return _sample_steps(
+        step,
+        logits,
+        cache,
+        lengths,
+        steps=steps,
+        key=key,
+        eos=eos,
+        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+    )
+
+
+def translate(
+    model: nn.Module,
+    params: Any,
+    source: jax.Array,
+    *,
+    steps: int,
+    bos: int,
+    key: jax.Array,
+    source_mask: jax.Array | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos: int | None = None,
+    collections: Mapping[str, Any] | None = None,
+) -> jax.Array:
+    """Translates; greedy unless a temperature is given.
+
+    Args:
+        model: an `odjax.models.encoder_decoder.EncoderDecoder`.
+        params: its "params" collection.
+        source: [B, S] int32.
+        steps: how many target tokens to make.
+        bos: the start symbol of a target.
+        key: random key; folded with the number of the step.
+        source_mask: True where the source is not padding [B, S] bool.
+        temperature: see `sample`.
+        top_k: see `sample`.
+        top_p: see `sample`.
+        eos: token that ends a row; the rest of the row repeats it.
+        collections: further collections that the model reads.
+
+    Returns:
+        Target tokens [B, steps] int32, without the start symbol.
+
+    Raises:
+        ValueError: if `steps` is longer than the model's `max_length`, or a sampling argument is out of its
+            range.
+
+    Example:
+        >>> from odjax.models.encoder_decoder import encoder_decoder
+        >>> model = encoder_decoder("tiny", vocab=20)
+        >>> source = jnp.array([[5, 6, 7]])
+        >>> params = model.init(jax.random.key(0), source, source)["params"]
+        >>> translate(model, params, source, steps=4, bos=1, key=jax.random.key(1)).shape
+        (1, 4)
+    """
+    check_sampling(temperature, top_k, top_p)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    variables = {**(collections or {}), "params": params}
+    memory = model.apply(variables, source, source_mask, method="encode")
+
+    def step(tokens: jax.Array, positions: jax.Array, cache: Any, last: jax.Array) -> tuple[jax.Array, Any]:
+        """Logits [B, vocab] after the one token of each row."""
+        given = variables if cache is None else {**variables, "cache": cache}
+        x, new = model.apply(
+            given,
+            tokens,
+            memory,
+            source_mask,
+            positions=positions,
+            cache_length=steps,
+            mutable=["cache"],
+            method="features",
+        )
+        return model.apply(variables, x, method="logits")[:, 0], new["cache"]
+
+    batch = source.shape[0]
+    start = jnp.zeros((batch, 1), jnp.int32)
+    logits, cache = step(jnp.full((batch, 1), bos, jnp.int32), start, None, start[:, 0])
+    return _sample_steps(
+        step,
+        logits,
+        cache,
+        jnp.ones((batch,), jnp.int32),
+        steps=steps,
+        key=key,
+        eos=eos,
+        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+    )
+
+
+def _sample_steps(
+    step: Callable[..., tuple[jax.Array, Any]],
+    logits: jax.Array,
+    cache: Any,
+    lengths: jax.Array,
+    *,
+    steps: int,
+    key: jax.Array,
+    eos: int | None,
+    sampling: Mapping[str, Any],
+) -> jax.Array:
+    """Samples from `logits` [B, vocab], feeds the token back at position `lengths + i`, `steps` times."""
+    first = jnp.zeros_like(lengths)
+
+    def draw(i: jax.Array, logits: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens = sample(jax.random.fold_in(key, i), logits, **sampling)
+        if eos is None:
+            return tokens, done
+        tokens = jnp.where(done, eos, tokens)
+        return tokens, done | (tokens == eos)
 
     def add(carry: tuple[Any, ...], i: jax.Array) -> tuple[tuple[Any, ...], jax.Array]:
         logits, cache, done = carry
-        tokens = sample(jax.random.fold_in(key, i), logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        if eos is not None:
-            tokens = jnp.where(done, eos, tokens)
-            done = done | (tokens == eos)
+        tokens, done = draw(i, logits, done)
         logits, cache = step(tokens[:, None], (lengths + i)[:, None], cache, first)
         return (logits, cache, done), tokens
 
-    carry = (logits, cache, jnp.zeros((batch,), bool))
-    _, tokens = jax.lax.scan(add, carry, jnp.arange(steps, dtype=jnp.int32))
-    return tokens.T
+    # The last token is not fed back.
+    carry = (logits, cache, jnp.zeros(lengths.shape, bool))
+    (logits, _, done), tokens = jax.lax.scan(add, carry, jnp.arange(steps - 1, dtype=jnp.int32))
+    last, _ = draw(jnp.asarray(steps - 1, jnp.int32), logits, done)
+    return jnp.concatenate([tokens.T, last[:, None]], axis=1)
