@@ -7,6 +7,7 @@ from typing import Any, Self
 import grain
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from odjax_train.data.examples import Arrays, Examples, batches
@@ -200,6 +201,9 @@ def feed(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         )
         if workers:
+            # grain reads absl flags when it starts processes; our command line does not parse them.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
             read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         placed = read.map(lambda local: to_devices(local, rows, batch, shardings))
         return grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=prefetch)

@@ -79,14 +79,12 @@ class ImageReader:
         }
 
     def _scaled(self, images: np.ndarray) -> np.ndarray:
-        scale = np.float32(1 / 255) if images.dtype == np.uint8 else np.float32(1)
         out = images.reshape(-1, *self.shape).astype(np.float32)
-        if self.mean is None or self.std is None:
-            out *= scale
-            return out
-        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        out *= scale / std
-        out -= mean / std
+        if images.dtype == np.uint8:
+            out /= np.float32(255)
+        if self.mean is not None and self.std is not None:
+            out -= np.asarray(self.mean, np.float32)
+            out /= np.asarray(self.std, np.float32)
         return out
 
     def _augment(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
