@@ -3,6 +3,7 @@
 import math
 
 import flax.linen as nn
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import golden
 from odjax.models import Attention, FeedForward, LayerNorm, RMSNorm, RotaryScaling, SwiGLU, attend
 from odjax.models.axes import constrain, named
 from odjax.models.feedforward import activation_named
@@ -94,7 +94,7 @@ def test_rotary_scaling_stretches_low_frequencies_and_keeps_high_ones():
 
 
 def test_rotary_positions_refuse_an_odd_head():
-    with pytest.raises(ValueError, match="head_dim must be even.*got 7"):
+    with pytest.raises(ValueError, match=r"head_dim must be even.*got 7"):
         rotary_frequencies(7)
 
 
@@ -176,7 +176,7 @@ def test_gelu_is_the_exact_one_by_default():
 
 def test_an_unknown_activation_names_the_known_ones():
     layer = FeedForward(4, activation="swish")
-    with pytest.raises(ValueError, match="relu, gelu.*got 'swish'"):
+    with pytest.raises(ValueError, match=r"relu, gelu.*got 'swish'"):
         layer.init(jax.random.key(0), jnp.ones((1, 2, 4)))
 
 
