@@ -57,7 +57,7 @@ METHODS: tuple[Method, ...] = (
             1983,
             "doi 10.1080/00031305.1983.10483115",
         ),
-        summary="Mean and variance in one pass that merge across batches, devices and hosts without cancellation.",
+        summary="Mean and variance that merge across batches, devices and hosts without cancellation.",
         api="odjax.core.statistics.moments",
         proof=True,
     ),
@@ -67,7 +67,8 @@ METHODS: tuple[Method, ...] = (
         family="core",
         kind="function",
         paper=Paper(
-            "Stochastic Beams and Where to Find Them: The Gumbel-Top-k Trick for Sampling Sequences Without Replacement",
+            "Stochastic Beams and Where to Find Them: "
+            "The Gumbel-Top-k Trick for Sampling Sequences Without Replacement",
             "Kool, van Hoof, Welling",
             2019,
             "arXiv 1903.06059",

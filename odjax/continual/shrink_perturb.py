@@ -96,7 +96,7 @@ def shrink_perturb(
                 raise ValueError(
                     f"shrink_perturb selects {path!r}, which is {leaf.dtype}: narrow where= to floats"
                 )
-            wide = jnp.promote_types(leaf.dtype, jnp.float32)
+            wide = leaf.dtype if leaf.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
             moved = leaf.astype(wide) * jnp.asarray(shrink, wide)
             if scale > 0:
                 drawn = jax.random.normal(source, leaf.shape, wide) if fresh is None else source.astype(wide)

@@ -235,7 +235,9 @@ def as_transform(
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
         count = optax.safe_increment(state.count)
         # A difference of parameters needs their precision, whatever that of the gradients.
-        updates = jax.tree.map(lambda u, p: u.astype(jnp.promote_types(u.dtype, p.dtype)), updates, params)
+        updates = jax.tree.map(
+            lambda u, p: u.astype(p.dtype) if p.dtype.itemsize >= u.dtype.itemsize else u, updates, params
+        )
 
         def boundary(updates: Any, inner_state: Any) -> tuple[Any, Any]:
             moved = jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), params, updates)

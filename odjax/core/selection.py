@@ -97,8 +97,8 @@ def _linear_index(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _by_platform(search: Callable[[int], Any], bits: int | None) -> Any:
-    # On CPU a pass costs what its comparisons cost: one bit is best, measured. On an accelerator it streams the array
-    # once and is one all-reduce, whatever it compares: four bits are best in the TPU compiler's estimated cycles.
+    # On CPU a pass costs what its comparisons cost, so one bit is best (measured). On an accelerator it is
+    # one stream of the array and one all-reduce, so four bits are better (estimated by the TPU compiler).
     if bits is not None:
         return search(bits)
     return jax.lax.platform_dependent(cpu=lambda: search(1), default=lambda: search(4))
@@ -351,10 +351,11 @@ def gumbel_top_k_mask(
         raise TypeError(
             f"log_weights must be floats (the logarithms of the weights), got {log_weights.dtype}"
         )
-    log_weights = log_weights.astype(jnp.promote_types(log_weights.dtype, jnp.float32))
+    if log_weights.dtype.itemsize < 4:
+        log_weights = log_weights.astype(jnp.float32)
     possible = log_weights > -jnp.inf
     eligible = possible if eligible is None else possible & eligible
-    # The plain mode has 2^23 values, the largest about 16: the top of a race of millions would be full of ties.
+    # The plain mode has 2^23 values, the largest about 16: the top of a race of millions is full of ties.
     noise = jax.random.gumbel(key, log_weights.shape, log_weights.dtype, mode="high")
     return top_k_mask(
         log_weights + noise, k, eligible=eligible, batch_dims=batch_dims, bits_per_pass=bits_per_pass
