@@ -90,7 +90,7 @@ METHODS: tuple[Method, ...] = (
 )
 
 
-def find_method(slug: str) -> Method:
+def find(slug: str) -> Method:
     """The method of a slug.
 
     Args:
@@ -103,7 +103,7 @@ def find_method(slug: str) -> Method:
       ValueError: there is no such method; the closest slugs are named.
 
     Example:
-      >>> find_method("shrink-perturb").paper.year
+      >>> find("shrink-perturb").paper.year
       2020
     """
     for method in METHODS:

@@ -1,1 +1,37 @@
 """What every family builds on: paths, trees, keys, edits, optimizer state, statistics, exact selection."""
+
+from odjax.core.edits import Edit as Edit
+from odjax.core.edits import EditState as EditState
+from odjax.core.edits import as_transform as as_transform
+from odjax.core.edits import check_edits as check_edits
+from odjax.core.edits import run_edit as run_edit
+from odjax.core.edits import run_edits as run_edits
+from odjax.core.keys import check_key as check_key
+from odjax.core.keys import fold_path as fold_path
+from odjax.core.keys import fold_step as fold_step
+from odjax.core.keys import keys_like as keys_like
+from odjax.core.optimizer_state import map_params_state as map_params_state
+from odjax.core.optimizer_state import reset_moments as reset_moments
+from odjax.core.paths import Where as Where
+from odjax.core.paths import label as label
+from odjax.core.paths import leaves_with_paths as leaves_with_paths
+from odjax.core.paths import map_with_path as map_with_path
+from odjax.core.paths import select as select
+from odjax.core.report import format_bytes as format_bytes
+from odjax.core.report import tree_report as tree_report
+from odjax.core.selection import gumbel_top_k_mask as gumbel_top_k_mask
+from odjax.core.selection import kth_value as kth_value
+from odjax.core.selection import top_k_mask as top_k_mask
+from odjax.core.statistics import Statistic as Statistic
+from odjax.core.statistics import moments as moments
+from odjax.core.statistics import product as product
+from odjax.core.statistics import reduce_over_axis as reduce_over_axis
+from odjax.core.statistics import scan_over as scan_over
+from odjax.core.statistics import vmap_over as vmap_over
+from odjax.core.statistics import weighted_mean as weighted_mean
+from odjax.core.trees import Difference as Difference
+from odjax.core.trees import combine as combine
+from odjax.core.trees import differences as differences
+from odjax.core.trees import format_differences as format_differences
+from odjax.core.trees import partition as partition
+from odjax.core.trees import unbox as unbox

@@ -29,8 +29,13 @@ def rows(seed, n):
     return x, rng.integers(0, 4, n).astype(np.float32)
 
 
+observe = jax.jit(lambda stat, state, x, w: stat.observe(state, x, w), static_argnums=0)
+combine = jax.jit(lambda stat, a, b: stat.combine(a, b), static_argnums=0)
+drive_jit = jax.jit(lambda drive, stat, batches: drive(stat, batches), static_argnums=(0, 1))
+
+
 def observed(stat, x, w):
-    return stat.observe(stat.zero(), jnp.asarray(x), jnp.asarray(w))
+    return observe(stat, stat.zero(), np.asarray(x), np.asarray(w, np.float32))
 
 
 def close(a, b, rtol=2e-5):
@@ -42,19 +47,19 @@ def close(a, b, rtol=2e-5):
 def test_combine_is_associative_commutative_and_zero_is_its_identity(name, seed):
     stat = STATS[name]
     a, b, c = (observed(stat, *rows(seed + i, 4 + i)) for i in range(3))
-    left, right = stat.combine(stat.combine(a, b), c), stat.combine(a, stat.combine(b, c))
+    left, right = combine(stat, combine(stat, a, b), c), combine(stat, a, combine(stat, b, c))
     close(stat.result(left), stat.result(right))
-    close(stat.result(stat.combine(a, b)), stat.result(stat.combine(b, a)))
-    for same in (stat.combine(a, stat.zero()), stat.combine(stat.zero(), a)):
+    close(stat.result(combine(stat, a, b)), stat.result(combine(stat, b, a)))
+    for same in (combine(stat, a, stat.zero()), combine(stat, stat.zero(), a)):
         jax.tree.map(np.testing.assert_array_equal, same, a)
 
 
 @pytest.mark.parametrize("name", STATS)
-@given(seeds, st.integers(0, 12))
+@given(seeds, st.sampled_from([0, 1, 5, 12]))
 def test_the_cut_between_batches_does_not_matter(name, seed, cut):
     stat = STATS[name]
     x, w = rows(seed, 12)
-    state = stat.observe(observed(stat, x[:cut], w[:cut]), jnp.asarray(x[cut:]), jnp.asarray(w[cut:]))
+    state = observe(stat, observed(stat, x[:cut], w[:cut]), x[cut:], w[cut:])
     close(stat.result(state), stat.result(observed(stat, x, w)))
 
 
@@ -63,7 +68,7 @@ def test_moments_are_those_of_numpy_in_float64(seed):
     x, w = rows(seed, 20)
     w[0] = 1
     stat = STATS["moments"]
-    got = stat.result(scan_over(stat, (x.reshape(5, 4, 3), w.reshape(5, 4))))
+    got = stat.result(drive_jit(scan_over, stat, (x.reshape(5, 4, 3), w.reshape(5, 4))))
     wide = x.astype(np.float64)
     mean = np.average(wide, axis=0, weights=w)
     assert float(got.count) == w.sum()
@@ -103,20 +108,21 @@ def test_integer_weights_are_repetitions():
     )
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", STATS)
 def test_scan_and_vmap_agree_for_any_number_of_batches(name, count):
     stat = STATS[name]
     x, w = rows(count, 4 * count)
     batches = (x.reshape(count, 4, 3), w.reshape(count, 4))
-    close(stat.result(vmap_over(stat, batches)), stat.result(scan_over(stat, batches)))
+    tree, line = drive_jit(vmap_over, stat, batches), drive_jit(scan_over, stat, batches)
+    close(stat.result(tree), stat.result(line))
 
 
 def test_no_batches_give_zero():
     stat = STATS["moments"]
     empty = (jnp.zeros((0, 4, 3)), jnp.zeros((0, 4)))
     for drive in (scan_over, vmap_over):
-        jax.tree.map(np.testing.assert_array_equal, drive(stat, empty), stat.zero())
+        jax.tree.map(np.testing.assert_array_equal, drive_jit(drive, stat, empty), stat.zero())
 
 
 @pytest.mark.parametrize("axes", [("x",), ("x", "y")], ids=["one-axis", "two-axes"])
@@ -138,10 +144,11 @@ def test_an_additive_statistic_is_one_psum_and_the_others_gather():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def primitives(stat):
-        local = lambda x: reduce_over_axis(stat, stat.observe(stat.zero(), x), "x")  # noqa: E731
-        return str(jax.make_jaxpr(jax.shard_map(local, mesh=mesh, in_specs=P("x"), out_specs=P(), check_vma=False))(
-            jnp.ones((8, 3))
-        ))  # fmt: skip
+        def local(x):
+            return reduce_over_axis(stat, stat.observe(stat.zero(), x), "x")
+
+        sharded = jax.shard_map(local, mesh=mesh, in_specs=P("x"), out_specs=P(), check_vma=False)
+        return str(jax.make_jaxpr(sharded)(jnp.ones((8, 3))))
 
     assert "all_gather" not in primitives(STATS["weighted-mean"])
     assert "psum" in primitives(STATS["weighted-mean"])
