@@ -1,6 +1,8 @@
 """Feeding a mesh: the same global batches on any number of devices and processes, and exact continuation."""
 
 import json
+import subprocess
+import sys
 
 import grain
 import jax
@@ -214,10 +216,22 @@ def test_batches_larger_than_the_data_are_refused():
         batches(_numbers(), 0, np.arange(0))
 
 
-def test_worker_processes_give_the_same_batches(tmp_path):
-    import subprocess
-    import sys
+def test_a_feed_that_nobody_closed_does_not_disturb_the_end_of_a_program():
+    program = """
+import jax
+from odjax_train.data import Images, feed
+sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+batches_on_mesh = feed(Images().train(0), 8, sharding, threads=THREADS)
+print(next(batches_on_mesh)["label"].shape)
+"""
+    for threads in ("0", "2"):
+        command = [sys.executable, "-W", "error", "-c", program.replace("THREADS", threads)]
+        ended = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
+        assert ended.stdout == "(8,)\n"
+        assert ended.stderr == ""
 
+
+def test_worker_processes_give_the_same_batches(tmp_path):
     program = """
 import numpy as np
 

@@ -146,6 +146,18 @@ def test_a_corpus_that_broke_off_is_not_there(tmp_path):
     assert stored_corpus(tmp_path / "c", None, separator=9, vocab=10) is None
 
 
+@pytest.mark.parametrize("damaged", ["c.tokens", "c.starts.npy"])
+def test_a_damaged_cache_is_written_anew(tmp_path, damaged):
+    documents = [np.array([1, 2]), np.array([3])]
+    stored_corpus(tmp_path / "c", documents, separator=9, vocab=10)
+    path = tmp_path / damaged
+    path.write_bytes(path.read_bytes()[:-3])
+    assert stored_corpus(tmp_path / "c", None, separator=9, vocab=10) is None
+    again = stored_corpus(tmp_path / "c", documents, separator=9, vocab=10)
+    assert again.tokens.tolist() == [9, 1, 2, 9, 3]
+    assert again.starts.tolist() == [0, 3, 5]
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"cache .*file: cannot write"):

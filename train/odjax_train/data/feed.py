@@ -91,8 +91,10 @@ class Feed:
         self._open_at = open_at
         self._identity = identity
         self._step = step
-        self._iterator: grain.DatasetIterator | None = None
-        self._closer: weakref.finalize | None = None
+        # The running iterator, if there is one; in a list, so that it can be let go of at interpreter exit,
+        # before the modules that its background thread needs are taken down.
+        self._running: list[grain.DatasetIterator] = []
+        weakref.finalize(self, _stop, self._running)
         self._ended = False
 
     def __iter__(self) -> Self:
@@ -101,12 +103,10 @@ class Feed:
     def __next__(self) -> Batch:
         if self._ended:
             raise StopIteration
-        if self._iterator is None:
-            self._iterator = iter(self._open_at(self._step))
-            # Also at interpreter exit, before the modules that the background thread needs are taken down.
-            self._closer = weakref.finalize(self, self._iterator.close)
+        if not self._running:
+            self._running.append(iter(self._open_at(self._step)))
         try:
-            batch = next(self._iterator)
+            batch = next(self._running[0])
         except BaseException as error:
             self.close()
             self._ended = isinstance(error, StopIteration)
@@ -138,15 +138,18 @@ class Feed:
 
     def close(self) -> None:
         """Stops the background work; taking the next batch starts it again."""
-        if self._closer is not None:
-            self._closer()
-        self._iterator = self._closer = None
+        _stop(self._running)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _stop(running: list[grain.DatasetIterator]) -> None:
+    while running:
+        running.pop().close()
 
 
 def feed(

@@ -81,8 +81,7 @@ def stored_corpus(
     """
     dtype = np.min_scalar_type(vocab - 1).newbyteorder("<")
     tokens, starts = path.with_name(path.name + ".tokens"), path.with_name(path.name + ".starts.npy")
-    # `starts` is renamed last: when it is there, both are whole.
-    if not starts.is_file():
+    if not _is_whole(tokens, starts, dtype):
         if documents is None:
             return None
         try:
@@ -92,6 +91,7 @@ def stored_corpus(
                 for part in _with_separator(documents, separator, dtype):
                     file.write(part.tobytes())
                     offsets.append(offsets[-1] + part.size)
+            # Renamed last: when it is there, the tokens are too.
             with _replacing(starts) as file:
                 np.save(file, np.array(offsets, np.int64))
         except OSError as error:
@@ -113,6 +113,14 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _is_whole(tokens: Path, starts: Path, dtype: np.dtype) -> bool:
+    try:
+        bounds = np.load(starts, mmap_mode="r", allow_pickle=False)
+        return tokens.stat().st_size == bounds[-1] * dtype.itemsize
+    except (OSError, ValueError, EOFError, IndexError):
+        return False
 
 
 def _with_separator(documents: Iterable[np.ndarray], separator: int, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -148,7 +148,7 @@ def open_tfds(spec: str, what: str, split: str, held_out: float | None) -> Sourc
     name, _, only = what.partition("@")
     try:
         builder = tfds.builder(name, file_format="array_record")
-    except (tfds.core.registered.DatasetNotFoundError, ValueError, AttributeError) as error:
+    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
         raise UserError(f"data source {spec!r}: {str(error).splitlines()[0]}") from error
     try:
         builder.download_and_prepare()
