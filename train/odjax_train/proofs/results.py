@@ -1,6 +1,6 @@
 """Running proofs by the slug of their method, and keeping what they measured."""
 
-import datetime
+import datetime as dt
 import importlib
 import json
 import os
@@ -78,7 +78,7 @@ def record(proof: Proof, path: Path = RESULTS) -> None:
     """
     results = recorded_results(path)
     results[proof.slug] = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "backend": jax.default_backend(),
         "jax": jax.__version__,
         "quick": proof.quick,

@@ -5,6 +5,7 @@ A small MLP is trained to convergence on half of the training data, then on all 
 by side (vmap).
 """
 
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ WIDTHS = (64, 128, 128, 10)
 
 
 def digits() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """scikit-learn's 1797 digits: x_train [897, 64], y_train, x_test [900, 64], y_test, in a fixed shuffled order."""
+    """1797 digits of scikit-learn in a fixed order: x_train [897, 64], y_train, x_test [900, 64], y_test."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -36,7 +37,7 @@ def digits() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
 def init(key: jax.Array) -> Params:
     """He initialisation of the MLP."""
     keys = jax.random.split(key, len(WIDTHS) - 1)
-    shapes = zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
+    shapes = itertools.pairwise(WIDTHS)
     return {
         f"layer_{i}": {
             "kernel": jax.random.normal(keys[i], shape) * jnp.float32((2 / shape[0]) ** 0.5),
