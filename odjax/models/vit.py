@@ -44,6 +44,7 @@ class ViTLayer(nn.Module):
     dropout: float
     norm_eps: float
     attention: str | AttentionFn | None
+    drop_path: bool
     train: bool
     dtype: DTypeLike
     param_dtype: DTypeLike
@@ -78,8 +79,8 @@ class ViTLayer(nn.Module):
             init = named(nn.initializers.constant(self.layer_scale), "norm")
             scale = self.param(name, init, (h.shape[-1],), self.param_dtype)
             h = h * scale.astype(h.dtype)[None, None]
-        if self.train and self.has_rng("drop_path"):
-            keep = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop, (h.shape[0], 1, 1))
+        if self.train and self.drop_path:
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop, (h.shape[0], 1, 1))
             h = jnp.where(keep, h / (1 - drop).astype(h.dtype), jnp.zeros((), h.dtype))
         return h
 
@@ -106,11 +107,11 @@ class ViT(nn.Module):
         registers: number of register tokens.
         pool: "cls", "mean" (over patches) or "cls+mean" (both, concatenated).
         layer_scale: initial value of LayerScale, or None for none.
-        interpolation: how positions reach another size of image: None (they don't: another size is an error)
-            or a key of `odjax.models.positions.INTERPOLATIONS`.
+        interpolation: how positions reach another size of image, a key of
+            `odjax.models.positions.INTERPOLATIONS`; None: another size is an error.
         dropout: probability of dropping a residual's unit while training; key "dropout".
-        drop_path: probability of skipping a residual of the last layer, growing linearly from 0 with depth;
-            key "drop_path".
+        drop_path: probability of skipping a residual of the last layer while training, growing linearly from 0
+            with depth; key "dropout".
         norm_eps: of every LayerNorm.
         attention: implementation, see `odjax.models.attention.attend`.
         remat: a key of `odjax.models.stack.REMAT_POLICIES`.
@@ -268,7 +269,8 @@ class ViT(nn.Module):
                 self.dropout,
                 self.norm_eps,
                 self.attention,
-                train and (self.dropout > 0 or self.drop_path > 0),
+                self.drop_path > 0,
+                train,
                 self.dtype,
                 self.param_dtype,
                 name=name,

@@ -1,7 +1,6 @@
 """The decoder as a function: golden values, causality, packing, sizes, errors."""
 
 import flax.linen as nn
-import golden
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -21,6 +20,8 @@ from odjax.models import (
 )
 from odjax.models.decoder import PRESETS
 
+from . import golden
+
 SIZES = {"vocab": 13, "layers": 2, "width": 8, "heads": 4, "kv_heads": 2, "mlp_width": 12, "max_length": 16}
 LENGTH = 10
 
@@ -37,10 +38,10 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def params(model, tokens):
-    params = nn.unbox(model.init(jax.random.key(0), tokens))["params"]
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"]
     # Away from the neutral values of an initialization, so that no term can hide.
-    noise = iter(jax.random.split(jax.random.key(1), 100))
-    return jax.tree.map(lambda p: p + 0.2 * jax.random.normal(next(noise), p.shape), params)
+    noise = np.random.default_rng(1)
+    return jax.tree.map(lambda p: jnp.asarray(p + 0.2 * noise.normal(size=p.shape), p.dtype), params)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_head_after_features_is_the_whole_model(model, params, tokens, apply):
 
 def test_tied_head_is_the_transposed_embedding(tokens):
     model = Decoder(**SIZES, tied=True)
-    params = nn.unbox(model.init(jax.random.key(0), tokens))["params"]
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"]
     assert set(params) == {"embed", "layers", "norm"}
     features = model.apply({"params": params}, tokens, method="features")
     expected = np.asarray(features, np.float64) @ np.asarray(params["embed"]["embedding"], np.float64).T
@@ -113,7 +114,7 @@ def test_a_given_head_replaces_the_learned_one(tokens):
 
 def test_bf16_computation_keeps_float32_parameters_and_logits(model, params, tokens, apply):
     half = Decoder(**SIZES, rope_theta=100.0, dtype=jnp.bfloat16)
-    variables = nn.unbox(half.init(jax.random.key(0), tokens))
+    variables = nn.unbox(jax.jit(half.init)(jax.random.key(0), tokens))
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     logits = half.apply({"params": params}, tokens)
     assert logits.dtype == jnp.float32

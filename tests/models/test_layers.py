@@ -3,7 +3,6 @@
 import math
 
 import flax.linen as nn
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,8 @@ from odjax.models import Attention, FeedForward, LayerNorm, RMSNorm, RotaryScali
 from odjax.models.axes import constrain, named
 from odjax.models.feedforward import activation_named
 from odjax.models.rotary import rotary_angles, rotary_frequencies, rotate
+
+from . import golden
 
 
 def randn(seed, *shape):

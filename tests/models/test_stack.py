@@ -20,7 +20,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def params(tokens):
-    return nn.unbox(Decoder(**SIZES).init(jax.random.key(0), tokens))["params"]
+    return nn.unbox(jax.jit(Decoder(**SIZES).init)(jax.random.key(0), tokens))["params"]
 
 
 def value_and_grad(model, params, tokens):
@@ -125,7 +125,7 @@ def test_variables_that_an_interceptor_adds_are_stacked_with_the_layers(tokens):
 
     model = Decoder(**SIZES, remat="full")
     with nn.intercept_methods(add_a_variable):
-        variables = nn.unbox(model.init(jax.random.key(0), tokens))
+        variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens))
         grads = jax.grad(lambda v: jnp.mean(model.apply(v, tokens) ** 2))(variables)
     assert grads["params"]["layers"]["attn"]["q"]["gain"].shape == (3,)
     assert np.all(np.asarray(grads["params"]["layers"]["attn"]["v"]["gain"]) != 0)
