@@ -49,7 +49,7 @@ def experiment(
     return Experiment(
         model=decoder(preset, max_length=length, dtype="bfloat16", remat=remat),
         task=language_model(z_loss=1e-4),
-        data=Text(source, length=length, tokenizer=load_tokenizer(tokenizer)),
+        data=Text(source=source, length=length, tokenizer=load_tokenizer(tokenizer)),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=weight_decay)
         ),

@@ -50,7 +50,7 @@ def experiment(
     return Experiment(
         model=decoder(preset, max_length=max(length, 512), dtype=dtype),
         task=language_model(),
-        data=Text(source, length=length),
+        data=Text(source=source, length=length),
         optimizer=optax.chain(
             optax.clip_by_global_norm(clip), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay)
         ),

@@ -1,6 +1,6 @@
 """A perceptron with two hidden layers on scikit-learn's handwritten digits: the smallest run there is.
 
-    odjax train configs/mlp_digits.py
+odjax train configs/mlp_digits.py
 """
 
 import optax
@@ -29,7 +29,7 @@ def experiment(
     return Experiment(
         model=MLP(features=(width, width, 10)),
         task=classification(),
-        data=Images("digits"),
+        data=Images(source="digits"),
         optimizer=optax.adam(learning_rate),
         steps=steps,
         batch=batch,

@@ -1,6 +1,6 @@
 """A small vision transformer on scikit-learn's handwritten digits.
 
-    odjax train configs/vit_digits.py
+odjax train configs/vit_digits.py
 """
 
 import optax
@@ -38,7 +38,7 @@ def experiment(
     return Experiment(
         model=vit("tiny-digits", classes=10),
         task=classification(label_smoothing=label_smoothing),
-        data=Images("digits"),
+        data=Images(source="digits"),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=weight_decay)
         ),

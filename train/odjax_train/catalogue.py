@@ -22,7 +22,12 @@ def table() -> str:
         result = results.get(method.slug)
         status = "none yet" if result is None else _status(result)
         shown.add_row(
-            method.slug, method.kind, method.summary, f"{paper.authors} {paper.year}, {paper.link}", method.api, status
+            method.slug,
+            method.kind,
+            method.summary,
+            f"{paper.authors} {paper.year}, {paper.link}",
+            method.api,
+            status,
         )
     console = Console(width=160) if not Console().is_terminal else Console()
     with console.capture() as captured:

@@ -28,8 +28,9 @@ from odjax.core import differences, leaves_with_paths
 from odjax_train.errors import UserError
 from odjax_train.program import TrainState
 
-# Orbax logs every directory it makes.
+# Orbax logs every directory it makes, and forgets the reads that were under way when one fails.
 logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class CorruptCheckpointError(Exception):
@@ -139,7 +140,7 @@ class Checkpoints:
         if keep_best:
             policies.append(
                 managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[self._metric],
+                    get_metric_fn=self._score,
                     reverse=mode == "min",
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -150,12 +151,17 @@ class Checkpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=managers.AnyPreservationPolicy(policies),
+                best_fn=self._score,
+                best_mode=mode,
                 read_only=read_only,
                 create=not read_only,
                 cleanup_tmp_directories=not read_only,
                 enable_async_checkpointing=not read_only,
             ),
         )
+
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        return metrics[self._metric]
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""

@@ -101,7 +101,9 @@ def train(arguments: list[str]) -> int:
     """`odjax train CONFIG [flags]`."""
     path, flags = _first(arguments, "train", "a configuration file")
     if path is None:
-        print("usage: odjax train CONFIG [flags]\n\nodjax train CONFIG --help lists the configuration's flags.")
+        print(
+            "usage: odjax train CONFIG [flags]\n\nodjax train CONFIG --help lists the configuration's flags."
+        )
         return 0
     config = configs.load(Path(path))
     config, options = configs.parse(config, TrainFlags, flags, f"odjax train {path}")
@@ -113,12 +115,13 @@ def train(arguments: list[str]) -> int:
     from odjax_train.run import start
     from odjax_train.run_folder import default_folder
 
-    with StopRequest().listening() as stop:
-        _prepare(options)
-        if options.debug_nans:
-            import jax
+    _prepare(options)
+    if options.debug_nans:
+        import jax
 
-            jax.config.update("jax_debug_nans", True)
+        jax.config.update("jax_debug_nans", True)
+    # After joining the other processes, which installs a handler of its own for SIGTERM.
+    with StopRequest().listening() as stop:
         mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
         outcome = start(config, options.run, mesh=mesh, profile=options.profile, stop=stop)
     if is_main():
@@ -196,7 +199,12 @@ def methods(arguments: list[str]) -> int:
     """`odjax methods`."""
     from odjax_train.catalogue import table
 
-    configs.cli(tyro.conf.OmitSubcommandPrefixes[NoFlags], arguments, "odjax methods", "Every method, from its paper to its proof.")
+    configs.cli(
+        tyro.conf.OmitSubcommandPrefixes[NoFlags],
+        arguments,
+        "odjax methods",
+        "Every method, from its paper to its proof.",
+    )
     print(table())
     return 0
 

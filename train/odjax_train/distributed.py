@@ -75,7 +75,9 @@ def join(processes: Processes, cpu_devices: int | None = None) -> None:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         where = processes.coordinator or "the detected cluster"
-        raise UserError(f"cannot join the other processes at {where}: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"cannot join the other processes at {where}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def is_main() -> bool:

@@ -1,6 +1,7 @@
 """The training loop: steps, edits, evaluations, checkpoints, and every way in which it can end."""
 
 import dataclasses
+import itertools
 import math
 import signal
 import time
@@ -14,8 +15,9 @@ import jax
 import numpy as np
 
 from odjax_train.checkpoints import Checkpoints
-from odjax_train.data.feed import Feed, evaluation_batches
+from odjax_train.data import Feed, evaluation_batches, feed
 from odjax_train.distributed import Agreement
+from odjax_train.mesh import batch_sharding
 from odjax_train.metrics import Recorder
 from odjax_train.program import Program, TrainState
 from odjax_train.tasks import Sums, add, mean
@@ -87,7 +89,7 @@ class _Pending:
 def train(
     program: Program,
     state: TrainState,
-    feed: Feed,
+    batches: Feed,
     checkpoints: Checkpoints,
     recorder: Recorder,
     stop: StopRequest,
@@ -102,7 +104,7 @@ def train(
     Args:
         program: the compiled functions.
         state: where to start; donated.
-        feed: batches, standing at the state's step.
+        batches: standing at the state's step.
         checkpoints: where to save.
         recorder: where to log.
         stop: turns true when the run should checkpoint and end.
@@ -111,7 +113,7 @@ def train(
     Returns:
         how it ended; nothing good is overwritten when it diverged.
     """
-    run = _Run(program, feed, checkpoints, recorder)
+    run = _Run(program, batches, checkpoints, recorder)
     experiment = program.experiment
     start = step = int(state.step)
     agreement = Agreement(program.mesh)
@@ -164,10 +166,10 @@ class _DivergedError(Exception):
 class _Run:
     """The parts of the loop that are not the hot path."""
 
-    def __init__(self, program: Program, feed: Feed, checkpoints: Checkpoints, recorder: Recorder) -> None:
+    def __init__(self, program: Program, batches: Feed, checkpoints: Checkpoints, recorder: Recorder) -> None:
         self.program = program
         self.experiment = program.experiment
-        self.feed = feed
+        self.batches = batches
         self.checkpoints = checkpoints
         self.recorder = recorder
         self.pending = _Pending()
@@ -179,7 +181,7 @@ class _Run:
 
     def next_batch(self) -> Any:
         start = time.perf_counter()
-        batch = next(self.feed)
+        batch = next(self.batches)
         self._waited += time.perf_counter() - start
         return batch
 
@@ -221,7 +223,7 @@ class _Run:
     def save(self, state: TrainState, evaluation: dict[str, float] | None) -> None:
         with self.aside():
             try:
-                step = self.checkpoints.save(state, self.feed.get_state(), evaluation)
+                step = self.checkpoints.save(state, self.batches.get_state(), evaluation)
             except FloatingPointError as error:
                 raise _DivergedError(int(state.step), str(error)) from error
             self.recorder.event("checkpoint", step)
@@ -239,9 +241,15 @@ class _Run:
     def diverged(self, error: _DivergedError, saved: int | None) -> Outcome:
         self.checkpoints.wait()
         position = f"batch {error.step} of the data order (seed {self.experiment.seed})"
-        last = "there is no checkpoint before it" if saved is None else f"the last good checkpoint is of step {saved}"
+        last = (
+            "there is no checkpoint before it"
+            if saved is None
+            else f"the last good checkpoint is of step {saved}"
+        )
         self.recorder.event("diverged", error.step, reason=str(error), checkpoint=saved)
-        message = f"diverged at step {error.step}: {error}, on {position}; {last}, in {self.checkpoints.folder}"
+        message = (
+            f"diverged at step {error.step}: {error}, on {position}; {last}, in {self.checkpoints.folder}"
+        )
         return Outcome(None, error.step, "diverged", message)
 
 
@@ -250,10 +258,14 @@ def evaluate(program: Program, state: TrainState) -> dict[str, float]:
     experiment = program.experiment
     params = program.evaluated(state)
     sums: Sums | None = None
-    with program.context():
-        for batch in evaluation_batches(
-            experiment.data.evaluation(), experiment.batch, program.batch, limit=experiment.eval_batches
-        ):
+    batches = feed(
+        experiment.data.evaluation(),
+        experiment.batch,
+        batch_sharding(program.mesh),
+        make_batches=evaluation_batches,
+    )
+    with program.context(), batches:
+        for batch in itertools.islice(batches, experiment.eval_batches):
             new = program.evaluate(params, state.collections, batch)
             sums = new if sums is None else add(sums, new)
     return {name: float(value) for name, value in jax.device_get(mean(sums)).items()}

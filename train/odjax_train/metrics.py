@@ -10,8 +10,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-# The first steps include warming up; they do not count for the rate.
-_SMOOTHING = 0.9
+
+class _Pace:
+    """Seconds a step, smoothed; evaluations and checkpoints are part of it."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        self._mark: tuple[float, int] | None = None
+
+    def observe(self, step: int) -> None:
+        now = time.perf_counter()
+        if self._mark is not None and step > self._mark[1]:
+            new = (now - self._mark[0]) / (step - self._mark[1])
+            self.seconds = new if self.seconds is None else 0.8 * self.seconds + 0.2 * new
+        self._mark = (now, step)
 
 
 class Recorder:
@@ -30,6 +42,7 @@ class Recorder:
         self._console = console
         self._steps = steps
         self._unit = unit
+        self._pace = _Pace()
         if not active:
             return
         from tensorboardX import SummaryWriter
@@ -61,26 +74,15 @@ class Recorder:
             return
         extra = {} if rate is None else {f"{self._unit}_per_second": rate, "data_wait": data}
         self._write("train", step, {**metrics, **extra})
-        left = "" if rate is None else f"{_short(rate)} {self._unit}/s"
-        status = f"loss {metrics['loss']:.4f}  {left}"
-        if rate:
-            self._eta(step)
-            status += f"  ETA {_clock(self._left(step))}"
+        status = f"loss {metrics['loss']:.4f}"
+        if rate is not None:
+            status += f"  {_short(rate)} {self._unit}/s"
+        self._pace.observe(step)
+        if self._pace.seconds is not None:
+            status += f"  ETA {_clock(self._pace.seconds * (self._steps - step))}"
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal:
             self._console.print(f"step {step}/{self._steps}  {status}", highlight=False)
-
-    def _eta(self, step: int) -> None:
-        now = time.perf_counter()
-        before = getattr(self, "_mark", None)
-        if before is not None and step > before[1]:
-            pace = (now - before[0]) / (step - before[1])
-            old = getattr(self, "_pace", pace)
-            self._pace = _SMOOTHING * old + (1 - _SMOOTHING) * pace
-        self._mark = (now, step)
-
-    def _left(self, step: int) -> float:
-        return getattr(self, "_pace", 0.0) * (self._steps - step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """The result of an evaluation."""
@@ -110,7 +112,8 @@ class Recorder:
     def _write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         self._line({"kind": kind, "step": step, "time": time.time(), **metrics})
         for name, value in metrics.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+            if math.isfinite(value):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def _line(self, record: Mapping[str, Any]) -> None:
         safe = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}

@@ -47,7 +47,13 @@ def lines(
     for at, what in (marks or {}).items():
         axes.axvline(at, color="#9ca3af", linewidth=0.8, linestyle=":")
         axes.annotate(
-            what, (at, 1), xycoords=("data", "axes fraction"), fontsize=7, color="#6b7280", rotation=90, va="top"
+            what,
+            (at, 1),
+            xycoords=("data", "axes fraction"),
+            fontsize=7,
+            color="#6b7280",
+            rotation=90,
+            va="top",
         )
     if log:
         axes.set_yscale("log")

@@ -152,7 +152,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
         edits=tuple(
             (
                 edit,
-                jax.jit(_edit(edit, experiment), in_shardings=(shardings,), out_shardings=shardings, donate_argnums=0),
+                jax.jit(_edit(edit), in_shardings=(shardings,), out_shardings=shardings, donate_argnums=0),
             )
             for edit in experiment.edits
         ),
@@ -164,9 +164,7 @@ def _init(experiment: Experiment, batch: dict[str, jax.ShapeDtypeStruct]) -> Cal
         key = jax.random.key(experiment.seed)
         # One example is enough to see the shapes.
         example = {name: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
-        collections = dict(
-            experiment.model.init(fold_path(key, "init"), *experiment.task.inputs(example))
-        )
+        collections = dict(experiment.model.init(fold_path(key, "init"), *experiment.task.inputs(example)))
         params = collections.pop("params", {})
         free, _ = partition(nn.unbox(params), experiment.trainable)
         return TrainState(
@@ -259,11 +257,10 @@ def _evaluate(experiment: Experiment) -> Callable[[Any, Any, Batch], Sums]:
     return evaluate
 
 
-def _edit(edit: Edit, experiment: Experiment) -> Callable[[TrainState], TrainState]:
+def _edit(edit: Edit) -> Callable[[TrainState], TrainState]:
     def apply(state: TrainState) -> TrainState:
         key = jax.random.wrap_key_data(state.key)
-        free, frozen = partition(state.params, experiment.trainable)
-        free, opt_state = run_edit(edit, key, state.step, free, state.opt_state)
-        return state._replace(params=combine(free, frozen), opt_state=opt_state)
+        params, opt_state = run_edit(edit, key, state.step, state.params, state.opt_state)
+        return state._replace(params=params, opt_state=opt_state)
 
     return apply

@@ -89,7 +89,9 @@ def _lead(runs: Sequence[Run]) -> str:
     first = runs[0].record
     when = datetime.datetime.fromisoformat(first["started"]).strftime("%Y-%m-%d %H:%M UTC")
     mesh = " × ".join(f"{axis} {size}" for axis, size in first["mesh"].items())
-    return f'<p class="lead">{_e(first["config"])}, started {when}, {_e(first["devices"])}, mesh {_e(mesh)}</p>'
+    return (
+        f'<p class="lead">{_e(first["config"])}, started {when}, {_e(first["devices"])}, mesh {_e(mesh)}</p>'
+    )
 
 
 def _tiles(runs: Sequence[Run]) -> str:
@@ -113,7 +115,9 @@ def _tiles(runs: Sequence[Run]) -> str:
     rates = sorted(r[f"{unit}_per_second"] for r in run.train.values() if f"{unit}_per_second" in r)
     if rates:
         tiles.append((f"{rates[len(rates) // 2]:,.0f}", f"{unit} per second (median)"))
-    shown = "".join(f'<div class="tile"><b>{_e(value)}</b><span>{_e(name)}</span></div>' for value, name in tiles)
+    shown = "".join(
+        f'<div class="tile"><b>{_e(value)}</b><span>{_e(name)}</span></div>' for value, name in tiles
+    )
     return f'<div class="tiles">{shown}</div>'
 
 

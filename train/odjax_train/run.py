@@ -13,12 +13,12 @@ from odjax.core import tree_report
 from odjax_train import run_folder
 from odjax_train.checkpoints import Checkpoints, Restored
 from odjax_train.config import Config, load
-from odjax_train.data.feed import Feed
+from odjax_train.data import feed as make_feed
 from odjax_train.distributed import barrier, is_main, same_everywhere
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
 from odjax_train.loop import Outcome, StopRequest, evaluate, train
-from odjax_train.mesh import MeshShape, bytes_per_device, make_mesh
+from odjax_train.mesh import MeshShape, batch_sharding, bytes_per_device, make_mesh
 from odjax_train.metrics import Recorder
 from odjax_train.program import Program, build
 from odjax_train.sampling import continue_text
@@ -80,13 +80,19 @@ def start(
         else:
             state, step = restored.state, restored.step
             _settle(restored, checkpoints, recorder)
-        if step >= experiment.steps:
+        if restored is not None and step >= experiment.steps:
             text = f"{folder} has finished already, at step {step}; give --run another folder to start again"
             return Outcome(state, step, "finished", text)
+        if restored is not None:
+            recorder.say(f"resuming from the checkpoint of step {step}")
+            recorder.event("resume", step, skipped=[newer for newer, _ in restored.skipped])
         program, seconds = program.compile()
         recorder.say(f"step compiled in {seconds:.1f} s")
-        feed = Feed(experiment.data.train(experiment.seed), program.batch, seed=experiment.seed)
-        feed.set_state(restored.data if restored else {**feed.get_state(), "next_step": step})
+        feed = make_feed(
+            experiment.data.train(experiment.seed), experiment.batch, batch_sharding(program.mesh)
+        )
+        if restored is not None:
+            feed.set_state(restored.data)
         trace = (folder / "profile", profile) if profile else None
         with program.context():
             outcome = train(program, state, feed, checkpoints, recorder, stop, profile=trace)
@@ -103,13 +109,11 @@ def start(
 
 
 def _settle(restored: Restored, checkpoints: Checkpoints, recorder: Recorder) -> None:
-    """Notes where the run goes on, and moves what could not be read out of the way."""
+    """Moves the checkpoints that could not be read out of the way."""
     for step, _ in restored.skipped:
         target = checkpoints.set_aside(step)
         recorder.say(f"moved the checkpoint of step {step} to {target}")
         barrier(f"set aside {step}")
-    recorder.say(f"resuming from the checkpoint of step {restored.step}")
-    recorder.event("resume", restored.step, skipped=[step for step, _ in restored.skipped])
 
 
 def _checkpoints(folder: Path, experiment: Experiment, *, read_only: bool = False) -> Checkpoints:
@@ -184,7 +188,9 @@ def reopen(folder: Path, *, step: int | None, best: bool, mesh: MeshShape | None
         step = checkpoints.best()
         if step is None:
             raise UserError(f"{folder} holds no checkpoint that was evaluated")
-    restored = checkpoints.restore_model(program.state, warn=lambda text: print(text, file=sys.stderr), step=step)
+    restored = checkpoints.restore_model(
+        program.state, warn=lambda text: print(text, file=sys.stderr), step=step
+    )
     if restored is None:
         raise UserError(f"{folder} holds no checkpoint yet")
     return Loaded(program, restored.state, restored.step)

@@ -1,11 +1,11 @@
 """A run's folder: what it is a run of, and everything it leaves behind.
 
-    run.json            the configuration, its resolved arguments, versions, devices, data; written once
-    config.py           the configuration's text as it was
-    metrics.jsonl       one JSON object a line
-    events/             TensorBoard
-    checkpoints/        Orbax
-    report.html         plots
+run.json            the configuration, its resolved arguments, versions, devices, data; written once
+config.py           the configuration's text as it was
+metrics.jsonl       one JSON object a line
+events/             TensorBoard
+checkpoints/        Orbax
+report.html         plots
 """
 
 import datetime

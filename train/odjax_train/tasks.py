@@ -164,9 +164,7 @@ def translation(*, label_smoothing: float = 0.1) -> Task:
             model, variables, key, batch["source"], batch["tokens"], batch["source_mask"]
         )
         train = key is not None
-        return _token_sums(
-            logits, batch["targets"], batch["weights"], train, label_smoothing, 0.0
-        ), changed
+        return _token_sums(logits, batch["targets"], batch["weights"], train, label_smoothing, 0.0), changed
 
     return Task(
         name="translation",

@@ -1,0 +1,155 @@
+"""A run that was stopped or killed goes on as if nothing had happened."""
+
+import importlib.util
+import json
+import pathlib
+import signal
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location("processes", pathlib.Path(__file__).with_name("processes.py"))
+processes = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(processes)
+
+STEPS = ("--steps", 24, "--every", 4)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, text_file):
+    """A configuration whose steps take long enough to be killed between them."""
+    path = tmp_path_factory.mktemp("config") / "resumed.py"
+    path.write_text(
+        f'''
+import optax
+from odjax.models import decoder
+from odjax_train import Experiment, language_model
+from odjax_train.data import Text
+
+def experiment(steps: int = 24, every: int = 4, rate: float = 1e-3) -> Experiment:
+    """A small model."""
+    return Experiment(
+        model=decoder("tiny", max_length=64), task=language_model(), data=Text(source="text:{text_file}", length=64),
+        optimizer=optax.adam(rate), steps=steps, batch=16, ema=0.9, eval_every=every, eval_batches=1,
+        checkpoint_every=every, log_every=1,
+    )
+'''
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory):
+    """Losses of a run that nobody stopped, and its folder."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    status, output = processes.run("train", config, "--run", folder, *STEPS)
+    assert status == 0, output
+    losses = processes.losses(folder)
+    assert list(losses) == list(range(1, 25))
+    return losses, folder
+
+
+def test_three_kills_leave_the_losses_bit_identical(config, uninterrupted, tmp_path):
+    folder = tmp_path / "killed"
+    for step in (5, 11, 18):
+        process = processes.start("train", config, "--run", folder, *STEPS)
+        status, output = processes.stop_after(process, folder, step, signal.SIGKILL)
+        assert status == -signal.SIGKILL, output
+    status, output = processes.run("train", config, "--run", folder, *STEPS)
+    assert status == 0, output
+    assert "resuming from the checkpoint of step" in output
+    assert processes.losses(folder) == uninterrupted[0]
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sum(event.get("event") == "resume" for event in events) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_ends_with_its_own_status(config, uninterrupted, tmp_path, number):
+    folder = tmp_path / "stopped"
+    process = processes.start("train", config, "--run", folder, *STEPS)
+    status, output = processes.stop_after(process, folder, 6, number)
+    assert status == processes.RESUMABLE, output
+    assert f"stopped by {number.name}: checkpoint of step" in output
+    assert "Traceback" not in output
+    seen = processes.losses(folder)
+    assert f"checkpoint of step {max(seen)} written" in output
+    status, output = processes.run("train", config, "--run", folder, *STEPS)
+    assert status == 0, output
+    assert f"resuming from the checkpoint of step {max(seen)}" in output
+    assert processes.losses(folder) == uninterrupted[0]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(config, uninterrupted):
+    losses, folder = uninterrupted
+    before = (folder / "metrics.jsonl").read_bytes()
+    status, output = processes.run("train", config, "--run", folder, *STEPS)
+    assert status == 0
+    assert "has finished already, at step 24" in output
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_corrupt_newest_checkpoint_is_reported_and_the_run_goes_on_from_the_one_before(
+    config, uninterrupted, tmp_path
+):
+    folder = tmp_path / "corrupt"
+    process = processes.start("train", config, "--run", folder, *STEPS)
+    status, output = processes.stop_after(process, folder, 10, signal.SIGTERM)
+    assert status == processes.RESUMABLE, output
+    newest = max(int(p.name) for p in (folder / "checkpoints").iterdir())
+    victim = max(
+        (folder / "checkpoints" / str(newest)).rglob("*"), key=lambda p: p.stat().st_size * p.is_file()
+    )
+    victim.write_bytes(b"\0" * victim.stat().st_size)
+    status, output = processes.run("train", config, "--run", folder, *STEPS)
+    assert status == 0, output
+    assert f"checkpoint of step {newest} in" in output
+    assert "cannot be read" in output
+    assert "resuming from the checkpoint of step 8" in output
+    assert len(list(folder.glob(f"unreadable-checkpoint-{newest}-*"))) == 1
+    assert processes.losses(folder) == uninterrupted[0]
+
+
+def test_two_processes_lose_the_same_as_one_and_restore_each_others_checkpoints(config, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    mesh = ("--mesh", "2,2,2")
+
+    def pair(folder, *flags):
+        address = f"localhost:{processes.free_port()}"
+        both = [
+            processes.start(
+                "train", config, "--run", folder, "--cpu-devices", 4, *mesh, *flags,
+                "--coordinator", address, "--processes", 2, "--process", i,
+            )
+            for i in (0, 1)
+        ]  # fmt: skip
+        return both
+
+    def single(folder, *flags):
+        return processes.run("train", config, "--run", folder, "--cpu-devices", 8, *mesh, *flags)
+
+    status, output = single(one, *STEPS)
+    assert status == 0, output
+    both = pair(two, *STEPS)
+    # Only one of them is asked to stop; both do, at the same step.
+    first = processes.stop_after(both[1], two, 6, signal.SIGTERM)
+    second = processes.finish(both[0])
+    assert first[0] == second[0] == processes.RESUMABLE, first[1] + second[1]
+    assert "another process" in second[1]
+    assert "step" not in first[1], "only process 0 speaks"
+    status, output = single(two, *STEPS)
+    assert status == 0, output
+    assert "resuming" in output
+    reference, found = processes.losses(one), processes.losses(two)
+    assert list(found) == list(reference)
+    for step, loss in reference.items():
+        assert found[step] == pytest.approx(loss, rel=1e-4)
+    assert found[24] < found[1]
+
+    # And the other way round: two processes go on with what one has left.
+    three = tmp_path / "three"
+    process = processes.start("train", config, "--run", three, "--cpu-devices", 8, *mesh, *STEPS)
+    assert processes.stop_after(process, three, 14, signal.SIGTERM)[0] == processes.RESUMABLE
+    for process in pair(three, *STEPS):
+        status, output = processes.finish(process)
+        assert status == 0, output
+    for step, loss in reference.items():
+        assert processes.losses(three)[step] == pytest.approx(loss, rel=1e-4)
