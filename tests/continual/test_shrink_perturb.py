@@ -49,7 +49,7 @@ def test_the_noise_is_normal_with_the_given_standard_deviation():
     n = 100_000
     params, _ = run({"w": jnp.zeros(n)}, scale=0.3)
     z = np.asarray(params["w"], np.float64) / 0.3
-    # Means of n draws: standard errors 1/sqrt(n), sqrt(2/n), sqrt(15/n), sqrt(96/n); four of them are allowed.
+    # The means of z, z^2, z^3, z^4 have the variances 1, 2, 15, 96 over n; four standard errors are allowed.
     for power, moment, error in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(np.mean(z**power) - moment) < 4 * (error / n) ** 0.5
 

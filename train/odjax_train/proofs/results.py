@@ -82,9 +82,9 @@ def record(proof: Proof, path: Path = RESULTS) -> None:
         "backend": jax.default_backend(),
         "jax": jax.__version__,
         "quick": proof.quick,
-        "held": sum(claim.holds for claim in proof.claims),
+        "held": sum(bool(claim.holds) for claim in proof.claims),
         "claims": len(proof.claims),
-        "measured": [claim._asdict() for claim in proof.claims],
+        "measured": [claim._asdict() | {"holds": bool(claim.holds)} for claim in proof.claims],
     }
     text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     temporary = path.with_name(path.name + f".{os.getpid()}")

@@ -1,0 +1,177 @@
+"""The contract matrix: every public object of a kind is a row; every row of a kind gets the tests of that
+kind.
+
+Adding a method is adding a row here; adding a kind is adding one entry to `KINDS` and a test file that is
+parametrised with `rows(kind)`. `test_contract_table.py` fails for a registry entry or a public object that
+has no row.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+KEY = jax.random.key(0)
+KINDS = ("transform", "edit", "statistic", "module", "function", "adapter")
+
+
+class Row(NamedTuple):
+    """One object of the matrix.
+
+    Attributes:
+        api: the dotted name of the public object, as in the registry.
+        kind: one of KINDS.
+        build: makes the object; what it returns depends on the kind:
+            transform -> optax.GradientTransformation
+            edit -> (Edit, `where` of the leaves that it may touch)
+            statistic -> (Statistic, batch(key, n) -> arguments of `observe` with n rows)
+            module -> (nn.Module, arguments of its call)
+            function -> (function of arrays, arguments)
+        label: tells several rows of one api apart.
+    """
+
+    api: str
+    kind: str
+    build: Callable[[], Any]
+    label: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.api.rsplit('.', 1)[-1]}{'-' if self.label else ''}{self.label}"
+
+
+def lenient(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optimizer of optax outside strict promotion (Adam raises a float to an int32 count)."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, **extra):
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _edited(optimizer: optax.GradientTransformation) -> Callable[[], optax.GradientTransformation]:
+    def build():
+        from odjax.continual.shrink_perturb import shrink_perturb
+        from odjax.core.edits import as_transform
+
+        return as_transform(shrink_perturb(every=2), lenient(optimizer), key=KEY)
+
+    return build
+
+
+def _shrink_perturb(**options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax.continual.shrink_perturb import shrink_perturb
+
+        return shrink_perturb(every=2, **options), options.get("where", ".*")
+
+    return build
+
+
+def _observations(key, n):
+    x, w = jax.random.split(key)
+    return 5 + jax.random.normal(x, (n, 3)), jax.random.uniform(w, (n,))
+
+
+def _moments(**options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax.core.statistics import moments
+
+        return moments((3,), **options), _observations
+
+    return build
+
+
+def _weighted_mean():
+    from odjax.core.statistics import weighted_mean
+
+    return weighted_mean((3,)), _observations
+
+
+def _product():
+    from odjax.core.statistics import moments, product, weighted_mean
+
+    return product(spread=moments((3,)), mean=weighted_mean((3,))), _observations
+
+
+def _top_k():
+    from odjax.core.selection import top_k_mask
+
+    return lambda s: top_k_mask(s, 37), (jax.random.normal(KEY, (16, 8)),)
+
+
+def _gumbel():
+    from odjax.core.selection import gumbel_top_k_mask
+
+    return lambda s: gumbel_top_k_mask(KEY, s, 37), (jax.random.normal(KEY, (16, 8)),)
+
+
+TOKENS = jnp.arange(1, 9, dtype=jnp.int32).reshape(2, 4)
+SMALL = {"layers": 2, "width": 16, "heads": 4, "mlp_width": 24}
+
+
+def _decoder(**options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax.models import decoder
+
+        return decoder(
+            "tiny", **{"vocab": 16, **SMALL, "kv_heads": 2, "head_dim": 4, "max_length": 8, **options}
+        ), (TOKENS,)
+
+    return build
+
+
+def _vit(**options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax.models import vit
+
+        return vit("tiny-digits", classes=8, **SMALL, **options), (jnp.ones((2, 8, 8, 1)) / 3,)
+
+    return build
+
+
+def _encoder_decoder(**options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax.models import encoder_decoder
+
+        return encoder_decoder("tiny", vocab=16, **SMALL, **options), (TOKENS, TOKENS)
+
+    return build
+
+
+def _mlp(**options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax.models import MLP
+
+        return MLP((8, 6, 4), **options), (jnp.linspace(-1.0, 1.0, 12).reshape(2, 6),)
+
+    return build
+
+
+ROWS: tuple[Row, ...] = (
+    Row("odjax.core.edits.as_transform", "transform", _edited(optax.sgd(0.1, momentum=0.9)), "momentum"),
+    Row("odjax.core.edits.as_transform", "transform", _edited(optax.adamw(0.1)), "adamw"),
+    Row("odjax.continual.shrink_perturb.shrink_perturb", "edit", _shrink_perturb()),
+    Row("odjax.continual.shrink_perturb.shrink_perturb", "edit", _shrink_perturb(where="body/.*"), "where"),
+    Row("odjax.core.statistics.moments", "statistic", _moments()),
+    Row("odjax.core.statistics.moments", "statistic", _moments(ddof=1), "ddof"),
+    Row("odjax.core.statistics.weighted_mean", "statistic", _weighted_mean),
+    Row("odjax.core.statistics.product", "statistic", _product),
+    Row("odjax.core.selection.top_k_mask", "function", _top_k),
+    Row("odjax.core.selection.gumbel_top_k_mask", "function", _gumbel),
+    Row("odjax.models.decoder.Decoder", "module", _decoder(), "scan"),
+    Row("odjax.models.decoder.Decoder", "module", _decoder(scan=False, tied=True), "tied"),
+    Row("odjax.models.vit.ViT", "module", _vit()),
+    Row("odjax.models.encoder_decoder.EncoderDecoder", "module", _encoder_decoder()),
+    Row("odjax.models.mlp.MLP", "module", _mlp()),
+)
+
+
+def rows(kind: str) -> list[Row]:
+    """The rows of a kind."""
+    assert kind in KINDS
+    return [row for row in ROWS if row.kind == kind]

@@ -1,0 +1,46 @@
+"""What every function on arrays keeps: jit, vmap and any layout give the same answer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from .contract_rows import rows
+
+ROWS = pytest.mark.parametrize("row", rows("function"), ids=lambda row: row.id)
+
+
+@ROWS
+def test_jit_equals_eager(row):
+    fn, arguments = row.build()
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(fn)(*arguments), fn(*arguments))
+
+
+@ROWS
+def test_vmap_equals_one_by_one(row):
+    fn, arguments = row.build()
+    several = jax.tree.map(lambda x: jnp.stack([x, x + 1, -x]), arguments)
+    batched = jax.jit(jax.vmap(fn))(*several)
+    one = jax.jit(fn)
+    for i in range(3):
+        expected = one(*jax.tree.map(lambda x, i=i: x[i], several))
+        jax.tree.map(lambda b, e, i=i: np.testing.assert_array_equal(b[i], e), batched, expected)
+
+
+@ROWS
+def test_eight_devices_give_the_bits_of_one(row):
+    fn, arguments = row.build()
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    sharded = jax.jit(fn)(*jax.device_put(arguments, sharding))
+    jax.tree.map(np.testing.assert_array_equal, sharded, jax.jit(fn)(*arguments))
+
+
+@ROWS
+def test_shapes_alone_are_enough_to_trace_it(row):
+    fn, arguments = row.build()
+    shapes = jax.eval_shape(fn, *jax.eval_shape(lambda: arguments))
+    result = jax.eval_shape(fn, *arguments)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), result
+    )
