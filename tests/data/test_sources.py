@@ -78,14 +78,17 @@ def test_a_single_line_is_cut_between_characters(tmp_path):
 
 
 def test_several_files_are_split_by_name_with_one_at_least_on_each_side(tmp_path):
-    for number in range(3):
+    wanted = [b"file %d\n" % number for number in range(40)]
+    for number, text in enumerate(wanted):
         (tmp_path / "a" / str(number)).mkdir(parents=True)
-        (tmp_path / "a" / str(number) / "t.txt").write_text(f"file {number}\n")
+        (tmp_path / "a" / str(number) / "t.txt").write_bytes(text)
     spec = f"text:{tmp_path}/a/**/*.txt"
     train, test = (_texts(open_source(spec, split)) for split in ("train", "test"))
-    assert sorted(train + test) == [b"file 0\n", b"file 1\n", b"file 2\n"]
-    assert train
-    assert test
+    assert sorted(train + test) == sorted(wanted)
+    assert 1 <= len(test) <= 8
+    two = f"text:{tmp_path}/a/[01]/t.txt"
+    for part in (0.01, 0.99):
+        assert [len(open_source(two, split, held_out=part)) for split in ("train", "test")] == [1, 1]
     # The split follows the names below the pattern: a copy elsewhere is split alike.
     (tmp_path / "a").rename(tmp_path / "b")
     assert _texts(open_source(f"text:{tmp_path}/b/**/*.txt", "test")) == test

@@ -47,6 +47,9 @@ class Text:
     Raises:
         UserError: `length` or `held_out` makes no sense; later, when the data is opened, what is wrong with
             the data.
+
+    >>> Text(source="text:book.txt", length=64).element_spec()["tokens"]
+    ShapeDtypeStruct(shape=(64,), dtype=int32)
     """
 
     source: str = "stdlib"
@@ -178,6 +181,10 @@ class Images:
     Raises:
         UserError: an argument makes no sense; later, an image of another shape or a label outside the
             classes.
+
+    >>> data = Images(source="digits")
+    >>> data.train(seed=0)[0]["image"].shape, len(data.evaluation())
+    ((8, 8, 1), 359)
     """
 
     source: str = "digits"

@@ -28,6 +28,16 @@ class Examples(grain.MapDataset):
         seed: of the order, None for the fixed order.
         fingerprint: identifies the content; a resumed run compares it.
         threads: how many reads at once are worth having: 0 when the data is in memory.
+
+    Raises:
+        UserError: `size` is 0.
+
+    >>> squares = Examples(lambda rows, draws: {"square": rows**2}, 4)
+    >>> squares.take(np.array([3, 1]))
+    {'square': array([9, 1])}
+    >>> shuffled = Examples(squares.read, 4, seed=0)
+    >>> sorted(int(shuffled[place]["square"]) for place in range(4, 8))  # the second epoch
+    [0, 1, 4, 9]
     """
 
     def __init__(
@@ -125,6 +135,10 @@ def batches(dataset: grain.MapDataset, batch: int, rows: np.ndarray) -> grain.Ma
 
     Returns:
         A dataset whose element `step` is `{name: array [n, ...]}`.
+
+    >>> numbers = Examples(lambda rows, draws: {"row": rows}, 10)
+    >>> batches(numbers, 4, np.array([0, 1]))[1]  # the first of two processes
+    {'row': array([4, 5])}
     """
     return _Batches(dataset, batch, rows, pad=False)
 
@@ -139,5 +153,9 @@ def evaluation_batches(dataset: grain.MapDataset, batch: int, rows: np.ndarray) 
 
     Returns:
         A dataset of ceil(len(dataset) / batch) batches.
+
+    >>> ones = Examples(lambda rows, draws: {"weight": np.ones(len(rows), np.float32)}, 3)
+    >>> evaluation_batches(ones, 2, np.arange(2))[1]
+    {'weight': array([1., 0.], dtype=float32)}
     """
     return _Batches(dataset, batch, rows, pad=True)

@@ -30,6 +30,9 @@ def local_rows(sharding: Sharding, batch: int, devices: Sequence[jax.Device] | N
 
     Raises:
         UserError: the batch does not divide by the mesh axes that it is laid out over.
+
+    >>> local_rows(jax.sharding.SingleDeviceSharding(jax.devices()[0]), 4)
+    array([0, 1, 2, 3])
     """
     if isinstance(sharding, NamedSharding):
         axes = sharding.spec[0] if sharding.spec else None
@@ -95,21 +98,18 @@ class Feed:
         # before the modules that its background thread needs are taken down.
         self._running: list[grain.DatasetIterator] = []
         weakref.finalize(self, _stop, self._running)
-        self._ended = False
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        if self._ended:
-            raise StopIteration
         if not self._running:
             self._running.append(iter(self._open_at(self._step)))
         try:
             batch = next(self._running[0])
-        except BaseException as error:
+        except BaseException:
+            # The background thread ended with the error; asking again starts anew at the same batch.
             self.close()
-            self._ended = isinstance(error, StopIteration)
             raise
         self._step += 1
         return batch
@@ -133,7 +133,6 @@ class Feed:
                     f"the stored data position is of {name} {state[name]}, this run has {name} {mine}"
                 )
         self.close()
-        self._ended = False
         self._step = int(state["step"])
 
     def close(self) -> None:
@@ -183,6 +182,12 @@ def feed(
 
     Raises:
         UserError: the batch does not divide by the mesh axes, or the data set holds less than one batch.
+        ValueError: shardings cut the first dimension differently.
+
+    >>> numbers = Examples(lambda rows, draws: {"row": rows.astype(np.int32)}, 8)
+    >>> with feed(numbers, 4, jax.sharding.SingleDeviceSharding(jax.devices()[0])) as steps:
+    ...     [batch["row"].tolist() for batch in steps]
+    [[0, 1, 2, 3], [4, 5, 6, 7]]
     """
     layouts = list(shardings.values()) if isinstance(shardings, Mapping) else [shardings]
     rows = local_rows(layouts[0], batch)

@@ -114,7 +114,7 @@ def read_pairs(
         sizes = np.array([line.size for line in ids])
         tokens = np.concatenate(ids).astype(np.min_scalar_type(tokenizer.vocab - 1))
         cut |= sizes > room
-        sides.append(_Side(tokens, np.cumsum(sizes) - sizes, np.minimum(sizes, room)))
+        sides.append(_Side(tokens, np.cumsum(sizes) - sizes, sizes))
     content = digest(*(array for side in sides for array in (side.tokens, side.starts)))
     left_out = len(lines[0]) - len(pairs)
     return LinePairs(
