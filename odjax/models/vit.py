@@ -110,8 +110,8 @@ class ViT(nn.Module):
         interpolation: how positions reach another size of image, a key of
             `odjax.models.positions.INTERPOLATIONS`; None: another size is an error.
         dropout: probability of dropping a residual's unit while training; key "dropout".
-        drop_path: probability of skipping a residual of the last layer while training, growing linearly from 0
-            with depth; key "dropout".
+        drop_path: probability of skipping a residual of the last layer while training, growing linearly from
+            0 with depth; key "dropout".
         norm_eps: of every LayerNorm.
         attention: implementation, see `odjax.models.attention.attend`.
         remat: a key of `odjax.models.stack.REMAT_POLICIES`.
