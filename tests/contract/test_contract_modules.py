@@ -19,6 +19,14 @@ def made(request):
     return module, arguments, variables
 
 
+def away_from_zero(variables):
+    """Parameters that start at zero (a head, a scale) hide what is behind them: all are moved a little."""
+    leaves, structure = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [p + 0.05 * jax.random.normal(k, p.shape, p.dtype) for p, k in zip(leaves, keys, strict=True)]
+    return structure.unflatten(moved)
+
+
 def test_init_works_on_shapes_alone(made):
     module, arguments, variables = made
     shapes = jax.eval_shape(module.init, jax.random.key(0), *jax.eval_shape(lambda: arguments))
@@ -57,12 +65,7 @@ def test_the_gradient_reaches_every_parameter(made):
             jnp.sum(jnp.sin(3 * o + jnp.arange(o.size, dtype=o.dtype).reshape(o.shape))) for o in outputs
         )
 
-    # A parameter that starts at zero can hide the gradient of another one: move all of them a little.
-    leaves, structure = jax.tree.flatten(variables["params"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = structure.unflatten(
-        [p + 0.05 * jax.random.normal(k, p.shape, p.dtype) for p, k in zip(leaves, keys, strict=True)]
-    )
+    moved = away_from_zero(variables)["params"]
     for path, gradient in leaves_with_paths(jax.jit(jax.grad(loss))(moved)):
         assert bool(jnp.isfinite(gradient).all()), path
         assert float(jnp.abs(gradient).max()) > 0, f"no gradient reaches {path}"
@@ -73,6 +76,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_is_close(made):
     narrow = module.clone(dtype=jnp.bfloat16)
     shapes = jax.eval_shape(narrow.init, jax.random.key(0), *arguments)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes["params"])} == {jnp.dtype(jnp.float32)}
+    variables = away_from_zero(variables)
     wide, low = (jax.tree.leaves(jax.jit(m.apply)(variables, *arguments))[0] for m in (module, narrow))
     scale = float(jnp.abs(wide).max())
     # bfloat16 keeps 8 bits: 2^-8 a rounding, a few dozen of them in sequence through two layers.
