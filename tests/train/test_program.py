@@ -55,7 +55,7 @@ def test_twenty_steps_of_the_vision_transformer_lose_the_same_on_every_mesh(imag
 
 
 def test_parameters_and_moments_really_are_sharded(lm_runs):
-    program, _, state = lm_runs[2, 2, 2]
+    _, _, state = lm_runs[2, 2, 2]
     params = dict(leaves_with_paths(state.params))
     moments = dict(leaves_with_paths(optax.tree.get(state.opt_state, "mu")))
     for tree in (params, moments):

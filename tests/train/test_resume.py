@@ -79,7 +79,7 @@ def test_a_signal_writes_a_checkpoint_and_ends_with_its_own_status(config, unint
 
 
 def test_a_finished_run_says_so_and_changes_nothing(config, uninterrupted):
-    losses, folder = uninterrupted
+    _, folder = uninterrupted
     before = (folder / "metrics.jsonl").read_bytes()
     status, output = processes.run("train", config, "--run", folder, *STEPS)
     assert status == 0
@@ -114,14 +114,13 @@ def test_two_processes_lose_the_same_as_one_and_restore_each_others_checkpoints(
 
     def pair(folder, *flags):
         address = f"localhost:{processes.free_port()}"
-        both = [
+        return [
             processes.start(
                 "train", config, "--run", folder, "--cpu-devices", 4, *mesh, *flags,
                 "--coordinator", address, "--processes", 2, "--process", i,
             )
             for i in (0, 1)
         ]  # fmt: skip
-        return both
 
     def single(folder, *flags):
         return processes.run("train", config, "--run", folder, "--cpu-devices", 8, *mesh, *flags)

@@ -1,13 +1,15 @@
 """Checkpoints: asynchronous, verified when they are read, restorable onto another mesh.
 
-A checkpoint holds two groups of arrays, as nested dictionaries whose keys are the parts of the paths, and two JSON files:
+A checkpoint holds two groups of arrays, as nested dictionaries whose keys are the parts of the paths, and two
+JSON files:
 
-    model       parameters, other collections, average of the parameters, step and key: all that evaluation needs
+    model       parameters, other collections, average of the parameters, step and key: enough to evaluate
     optimizer   the optimizer's state
     data        position of the data iterator
     record      shapes and dtypes, and a checksum of every array
 
-The checksums are taken on the devices and do not depend on the layout, so a damaged file is found whatever reads it.
+The checksums are taken on the devices and do not depend on the layout, so a damaged file is found whatever
+reads it.
 """
 
 import dataclasses
@@ -81,8 +83,8 @@ def _rebuilt(nested: Mapping[str, Any], like: Any) -> Any:
 def fingerprints(tree: Any) -> jax.Array:
     """A 32-bit checksum of the bits of every leaf, with their positions; `[leaves]` uint32.
 
-    Integer sums wrap and commute, so the value does not depend on how the leaves are sharded. A changed bit, two
-    exchanged elements or a zeroed block change it.
+    Integer sums wrap and commute, so the value does not depend on how the leaves are sharded. A changed bit,
+    two exchanged elements or a zeroed block change it.
     """
     return jnp.stack([_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
 
@@ -176,7 +178,7 @@ class Checkpoints:
     def save(
         self, state: TrainState, data: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> int:
-        """Starts to write a checkpoint; the arrays are copied off before this returns, the rest goes on behind.
+        """Starts to write a checkpoint; the arrays are copied before this returns, the rest goes on behind.
 
         Returns:
             the step it is of.
@@ -240,8 +242,8 @@ class Checkpoints:
             None when there is no checkpoint at all.
 
         Raises:
-            UserError: when a checkpoint is of another model (its first differing path and shapes are named), when the one
-                asked for does not exist, or when none can be read.
+            UserError: when a checkpoint is of another model (its first differing path and shapes are named),
+                when the one asked for does not exist, or when none can be read.
         """
         return self._newest(lambda s: self._read(s, like), warn, step)
 

@@ -1,4 +1,4 @@
-"""The command line: `odjax VERB ...`. Every mistake is answered by one line; `--debug` shows where it came from."""
+"""The command line: `odjax VERB ...`. A mistake is answered by one line; `--debug` shows the traceback."""
 
 import sys
 import traceback
@@ -17,7 +17,7 @@ usage: odjax VERB [...]
   reproduce METHOD         a method's small proof: the claim beside what was measured here
 
 odjax VERB --help says more; odjax train CONFIG --help lists the configuration's flags.
-exit status: 0 done, 1 an error of ours, 2 a mistake in what was typed or found, 3 diverged, 75 stopped and resumable
+exit status: 0 done, 1 an error of ours, 2 a mistake typed or found, 3 diverged, 75 stopped and resumable
 """
 
 ERROR, MISTAKE, DIVERGED, INTERRUPTED = 1, 2, 3, 75

@@ -28,6 +28,7 @@ class Config:
         function: its `experiment`.
         arguments: the resolved arguments, by name.
         defaults: the arguments' defaults, by name.
+        flags: what was typed for them, among the flags of the command.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Config:
     function: Callable[..., Experiment]
     arguments: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    flags: tuple[str, ...] = ()
 
     def experiment(self) -> Experiment:
         """Builds the experiment.
@@ -114,7 +116,8 @@ def parse(config: Config, options: type, flags: Sequence[str], command: str) -> 
     )
     doc = inspect.getdoc(config.function) or str(config.path)
     parsed = cli(both, flags, command, doc.splitlines()[0])
-    return dataclasses.replace(config, arguments=parsed.experiment), parsed.options
+    config = dataclasses.replace(config, arguments=parsed.experiment, flags=tuple(flags))
+    return config, parsed.options
 
 
 def _recorder(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:

@@ -20,7 +20,8 @@ class Processes:
     """How the processes of a run find each other.
 
     Args:
-        coordinator: `host:port` of process 0; without it a cluster is looked for (TPU pod, GKE, SLURM, Open MPI).
+        coordinator: `host:port` of process 0; without it a cluster is looked for (TPU pod, GKE, SLURM, Open
+            MPI).
         processes: number of processes.
         process: number of this one, from 0.
     """
@@ -107,8 +108,8 @@ def same_everywhere(value: np.ndarray, what: str) -> None:
 class Agreement:
     """Lets any process ask all of them to stop, at the same step, without waiting for each other.
 
-    Every step sums the processes' votes on the devices; the sum is read one step later, when it has long arrived, so all
-    processes see the same one at the same step.
+    Every step sums the processes' votes on the devices; the sum is read one step later, when it has long
+    arrived, so all processes see the same one at the same step.
     """
 
     def __init__(self, mesh: Mesh) -> None:

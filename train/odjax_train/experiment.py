@@ -67,7 +67,8 @@ class Experiment:
         accumulate: microbatches a step; the gradient is that of the whole batch.
         trainable: parameters that are trained; no gradient of any other is computed.
         edits: structural changes every K steps, compiled apart from the step.
-        ema: decay of an exponential moving average of the parameters, used in evaluation and generation; None for none.
+        ema: decay of an exponential moving average of the parameters, used in evaluation and generation; None
+            for none.
         seed: of parameters, data order, dropout and edits.
         mesh: devices along data, fsdp and tensor.
         rules: logical axis -> mesh axis.

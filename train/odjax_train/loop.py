@@ -98,8 +98,8 @@ def train(
 ) -> Outcome:
     """Runs the steps that are left.
 
-    The hot path never waits for a device: metrics are read a step after they were asked for, checkpoints are written
-    behind, batches arrive ahead.
+    The hot path never waits for a device: metrics are read a step after they were asked for, checkpoints are
+    written behind, batches arrive ahead.
 
     Args:
         program: the compiled functions.
@@ -281,7 +281,9 @@ class _Trace:
 
     def before(self, step: int) -> None:
         if self._folder is not None and step == self._first:
-            jax.profiler.start_trace(str(self._folder))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # it slows the steps down that are looked at
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
             self._on = True
 
     def after(self, step: int, state: TrainState) -> None:

@@ -93,8 +93,8 @@ def _join(sizes: Sequence[int]) -> str:
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lays the devices out as `data x fsdp x tensor`, following the interconnect.
 
-    Over several TPU slices (or GPU hosts that report one each) the `data` axis crosses the slow network and the
-    others stay inside.
+    Over several TPU slices (or GPU hosts that report one each) the `data` axis crosses the slow network and
+    the others stay inside.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = shape.resolve(len(devices))
@@ -157,8 +157,8 @@ def _fitting(shape: Sequence[int], spec: P | None, mesh: Mesh) -> P:
 def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings of a tree that holds things that belong to parameters: optimizer state, averages, masks.
 
-    A leaf belongs to the parameter whose path its own path ends with. It takes over the mesh axes of those dimensions that
-    have the parameter's size; everything else is replicated.
+    A leaf belongs to the parameter whose path its own path ends with. It takes over the mesh axes of those
+    dimensions that have the parameter's size; everything else is replicated.
 
     Args:
         tree: tree of arrays or shapes.

@@ -126,7 +126,8 @@ def read(folder: Path) -> tuple[dict[str, dict[int, dict[str, Any]]], list[dict[
     A resumed run repeats the steps after its checkpoint; the newest line of a step counts.
 
     Returns:
-        `{"train": {step: metrics}, "eval": {step: metrics}}` in the order of the steps, and the events as they came.
+        `{"train": {step: metrics}, "eval": {step: metrics}}` in the order of the steps, and the events as
+        they came.
     """
     series: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
     events = []

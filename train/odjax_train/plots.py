@@ -22,7 +22,8 @@ def lines(
     Args:
         title: above it.
         series: name -> (x, y), drawn as lines.
-        dots: name -> (x, y), drawn as dots joined by a thin line, in the colour of the series with the same name.
+        dots: name -> (x, y), drawn as dots joined by a thin line, in the colour of the series with the same
+            name.
         marks: x -> what happened there.
         x: label of the x axis.
         log: whether y is logarithmic.

@@ -1,7 +1,7 @@
 """The compiled functions of an experiment on a mesh: init, step, evaluate and one for each edit.
 
-`odjax train`, `eval` and whatever plans a run get them from here, so that what was planned is what runs. Nothing here
-touches data.
+`odjax train`, `eval` and whatever plans a run get them from here, so that what was planned is what runs.
+Nothing here touches data.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""From a configuration to a run: opens what it needs, resumes what is there, trains, and says how it ended."""
+"""From a configuration to a run: opens what it needs, resumes what is there, trains, and says how it
+ended."""
 
 import dataclasses
 import sys
@@ -12,11 +13,12 @@ from rich.console import Console
 from odjax.core import tree_report
 from odjax_train import run_folder
 from odjax_train.checkpoints import Checkpoints, Restored
-from odjax_train.config import Config, load
+from odjax_train.config import Config, load, parse
 from odjax_train.data import feed as make_feed
 from odjax_train.distributed import barrier, is_main, same_everywhere
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
+from odjax_train.flags import TrainFlags
 from odjax_train.loop import Outcome, StopRequest, evaluate, train
 from odjax_train.mesh import MeshShape, batch_sharding, bytes_per_device, make_mesh
 from odjax_train.metrics import Recorder
@@ -47,7 +49,7 @@ def start(
     console = Console(stderr=False, soft_wrap=True)
     folder = run_folder.default_folder(config) if folder is None else folder
     experiment = config.experiment()
-    program = build(experiment, make_mesh(mesh or experiment.mesh))
+    program = _built(experiment, mesh)
     data = experiment.data.describe()
     same_everywhere(np.frombuffer(str(data).encode().ljust(4096)[:4096], np.uint8), "data")
     details = {
@@ -106,6 +108,14 @@ def start(
             checkpoints.close()
         finally:
             recorder.close()
+
+
+def _built(experiment: Experiment, mesh: MeshShape | None) -> Program:
+    """The program; what the model or a pattern refuses is the person's to correct."""
+    try:
+        return build(experiment, make_mesh(mesh or experiment.mesh))
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def _settle(restored: Restored, checkpoints: Checkpoints, recorder: Recorder) -> None:
@@ -178,9 +188,9 @@ def reopen(folder: Path, *, step: int | None, best: bool, mesh: MeshShape | None
         UserError: when the folder is not a run's or holds no such checkpoint.
     """
     record = run_folder.read(folder)
-    config = _typed(load(folder / "config.py"), record["arguments"])
+    config, _ = parse(load(folder / "config.py"), TrainFlags, record["flags"], f"the flags of {folder}")
     experiment = config.experiment()
-    program = build(experiment, make_mesh(mesh or experiment.mesh))
+    program = _built(experiment, mesh)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} holds no checkpoint yet")
     checkpoints = _checkpoints(folder, experiment, read_only=True)

@@ -64,6 +64,7 @@ def claim(folder: Path, config: Config, details: Mapping[str, Any], *, write: bo
             write_text(folder / "config.py", config.text)
             record = {
                 **identity(config),
+                "flags": config.flags,
                 "path": os.path.relpath(config.path),
                 "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -1,5 +1,8 @@
 """Continuing text with a trained language model."""
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -29,21 +32,27 @@ def continue_text(program: Program, state: TrainState, sample: Sample, *, seed: 
     prompt = np.concatenate([[tokenizer.separator], tokenizer.encode(sample.prompt)]).astype(np.int32)
     total, most = len(prompt) + sample.length, experiment.model.max_length
     if total > most:
-        raise UserError(
-            f"prompt ({len(prompt)} tokens) and --length {sample.length} make {total}, the model's maximum is {most}"
-        )
+        asked = f"prompt ({len(prompt)} tokens) and --length {sample.length} make {total}"
+        raise UserError(f"{asked}, the model's maximum is {most}")
     key = fold_path(jax.random.key(seed), "sample")
-    with program.context():
-        tokens = generate(
+
+    @jax.jit
+    def write(params: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
+        return generate(
             experiment.model,
-            program.evaluated(state),
-            prompt[None],
+            params,
+            prompt,
             steps=sample.length,
             key=key,
             temperature=sample.temperature,
             top_p=sample.top_p,
             eos=tokenizer.separator,
         )
+
+    # One row is not cut up over the data axes.
+    whole = [(name, axis) for name, axis in experiment.rules if name != "batch"]
+    with jax.set_mesh(program.mesh), nn.logical_axis_rules(whole):
+        tokens = write(program.evaluated(state), prompt[None], key)
     tokens = np.asarray(tokens)[0, -sample.length :]
     ends = np.flatnonzero(tokens == tokenizer.separator)
     return tokenizer.decode(tokens[: ends[0]] if ends.size else tokens)

@@ -1,7 +1,7 @@
 """Tasks: how a model is called on a batch, and what is summed over it.
 
-A task returns sums and counts, never means: they add up over microbatches, devices, hosts and evaluation batches, and
-the mean that comes out at the end is the one over all of them.
+A task returns sums and counts, never means: they add up over microbatches, devices, hosts and evaluation
+batches, and the mean that comes out at the end is the one over all of them.
 """
 
 import dataclasses
@@ -38,9 +38,10 @@ class Task:
         unit: what is counted for the throughput, `"tokens"` or `"images"`.
         units: number of units in a batch, from its shapes.
         inputs: batch -> the model's positional arguments, for `model.init`.
-        loss: `(model, variables, batch, key) -> (sums, new collections)`; `key` is None in evaluation. `sums["loss"]` is
-            what is minimised.
-        best: the metric that decides which checkpoints are the best, and whether `"min"` or `"max"` is better.
+        loss: `(model, variables, batch, key) -> (sums, new collections)`; `key` is None in evaluation.
+            `sums["loss"]` is what is minimised.
+        best: the metric that decides which checkpoints are the best, and whether `"min"` or `"max"` is
+            better.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Task:
 def _apply(
     model: nn.Module, variables: Variables, key: jax.Array | None, *inputs: jax.Array
 ) -> tuple[jax.Array, Variables]:
-    """Applies the model; in training, with its dropout keys and with its non-parameter collections mutable."""
+    """Applies the model; in training with dropout keys and mutable collections."""
     train = {"train": key is not None} if _takes_train(model) else {}
     if key is None:
         return model.apply(variables, *inputs, **train), {}
@@ -75,7 +76,7 @@ def _weighted(values: jax.Array, weights: jax.Array) -> Mean:
 def _token_sums(
     logits: jax.Array, targets: jax.Array, weights: jax.Array, train: bool, smoothing: float, z_loss: float
 ) -> Sums:
-    """Cross-entropy and accuracy over `logits [..., K]`, `targets [...]`, `weights [...]`; natural logarithm."""
+    """Cross-entropy (nats) and accuracy of `logits [..., K]` for `targets [...]`, with `weights [...]`."""
     logits = logits.astype(jnp.float32)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -92,12 +93,12 @@ def _token_sums(
 def language_model(*, z_loss: float = 0.0) -> Task:
     """Next-token prediction on packed sequences.
 
-    Batches hold `tokens`, `targets`, `segments`, `positions [B, T]` int32 and `weights [B, T]` float32; the model is called
-    as `model(tokens, segments=..., positions=...)` and returns logits `[B, T, vocab]`.
+    Batches hold `tokens`, `targets`, `segments`, `positions [B, T]` int32 and `weights [B, T]` float32; the
+    model is called as `model(tokens, segments=..., positions=...)` and returns logits `[B, T, vocab]`.
 
     Args:
-        z_loss: weight of the squared log-normalizer that keeps logits from drifting (Chowdhery et al. 2022, section 5),
-            in training only.
+        z_loss: weight of the squared log-normalizer that keeps logits from drifting (Chowdhery et al. 2022,
+            section 5), in training only.
     """
 
     def loss(
@@ -122,8 +123,8 @@ def classification(*, label_smoothing: float = 0.0) -> Task:
     """Image classification: `image [B, H, W, C]` float32, `label [B]` int32, `weight [B]` float32.
 
     Args:
-        label_smoothing: mass taken from the right class and spread over all of them (Szegedy et al. 2016, section 7), in
-            training only.
+        label_smoothing: mass taken from the right class and spread over all of them (Szegedy et al. 2016,
+            section 7), in training only.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -147,9 +148,10 @@ def classification(*, label_smoothing: float = 0.0) -> Task:
 
 
 def translation(*, label_smoothing: float = 0.1) -> Task:
-    """Sequence to sequence: `source [B, S]`, `tokens [B, T]`, `targets [B, T]` int32, `weights [B, T]` float32.
+    """Sequence to sequence: the next token of a translation, given its source.
 
-    `source_mask [B, S]` marks the real tokens of the source. The model is called as `model(source, tokens, source_mask)`.
+    Batches hold `source [B, S]`, `tokens [B, T]`, `targets [B, T]` int32, `source_mask [B, S]` and
+    `weights [B, T]` float32; the model is called as `model(source, tokens, source_mask)`.
 
     Args:
         label_smoothing: as in Vaswani et al. 2017, section 5.4; in training only.

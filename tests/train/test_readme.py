@@ -1,0 +1,40 @@
+"""What the README shows is true."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from odjax_train.errors import UserError
+from odjax_train.readme import with_table
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
+
+
+def test_the_table_of_methods_is_the_registrys():
+    text = README.read_text()
+    assert with_table(text) == text, "run `make methods`"
+
+
+def test_a_text_without_a_place_for_the_table_is_refused():
+    with pytest.raises(UserError, match="<!-- methods -->"):
+        with_table("# odjax\n")
+
+
+def test_the_example_runs_and_its_optimizer_updates():
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    params = {"kernel": jnp.ones((2, 2))}
+    with jax.numpy_dtype_promotion("standard"):
+        state = names["optimizer"].init(params)
+        updates, _ = jax.jit(names["optimizer"].update)(params, state, params)
+    assert float(jnp.abs(updates["kernel"]).sum()) > 0
+
+
+def test_every_file_that_is_linked_exists():
+    for page in [README, *README.parent.glob("docs/*.md"), README.parent / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"

@@ -1,0 +1,95 @@
+"""The flags of the verbs."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFlags:
+    """Which devices to run on."""
+
+    mesh: str | None = None
+    """data,fsdp,tensor: devices along each axis, one of them may be -1; the configuration's own when not
+    given."""
+    cpu_devices: int | None = None
+    """Run on that many virtual CPU devices a process."""
+    coordinator: str | None = None
+    """host:port of process 0, when there are several and no cluster is detected."""
+    processes: int | None = None
+    """Number of processes."""
+    process: int | None = None
+    """Number of this process, from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFlags(DeviceFlags):
+    """How to run."""
+
+    run: Path | None = None
+    """The run's folder; runs/CONFIG when not given, with a code added when flags differ from the defaults."""
+    profile: int = 0
+    """Write a JAX profiler trace of that many steps into the run's folder."""
+    debug_nans: bool = False
+    """Stop at the first operation that makes a NaN, and say which (slow)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalFlags(DeviceFlags):
+    """What to judge."""
+
+    step: int | None = None
+    """Which checkpoint; the newest one when not given."""
+    best: bool = False
+    """The best checkpoint instead."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateFlags(DeviceFlags):
+    """What to write."""
+
+    prompt: str = ""
+    """The text to continue."""
+    length: int = 200
+    """Tokens to add."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+    top_p: float = 0.95
+    """The smallest set of tokens with that much probability to draw from."""
+    seed: int = 0
+    """Of the draw."""
+    step: int | None = None
+    """Which checkpoint; the newest one when not given."""
+    best: bool = False
+    """The best checkpoint instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportFlags:
+    """What to show."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs; several are drawn into the same plots."""
+    out: Path | None = None
+    """The page; report.html in the first run's folder when not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoFlags:
+    """Nothing to set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReproduceFlags:
+    """How to prove it."""
+
+    out: Path | None = None
+    """Folder for the result and the plots; runs/proofs/METHOD when not given."""
+    quick: bool = False
+    """Smaller, in seconds."""
+    seed: int = 0
+    """Of everything random."""
