@@ -38,7 +38,7 @@ def shrink_perturb(
 
       theta_i <- shrink * theta_i + p_i,
 
-    where p_i ~ N(0, scale^2) (section 4 of the source), or p = scale * fresh(key) when `fresh` is given: a
+    where p_i ~ N(0, scale^2), or p = scale * fresh(key) when `fresh` is given: a
     newly initialised network, whose noise has the layers' own scale.
 
     Promises: `shrink=1, scale=0` returns every parameter bit for bit; a leaf that is not selected is never

@@ -240,7 +240,8 @@ def _combine_moments(a: Moments, b: Moments) -> Moments:
 def moments(shape: tuple[int, ...] = (), *, ddof: float = 0.0) -> Statistic:
     """Count, mean and variance over the leading axis, in one pass and without cancellation.
 
-    Two states are merged by the pairwise update (eq. 2.1 of the source, with counts replaced by weights),
+    Two states are merged by the pairwise update (the pairwise formula of the source, with weights for
+    counts),
 
       delta = mean_b - mean_a,  mean = mean_a + delta n_b / n,  M2 = M2_a + M2_b + delta^2 n_a n_b / n,
 
