@@ -98,7 +98,7 @@ def _linear_index(shape: tuple[int, ...]) -> jax.Array:
 
 def _by_platform(search: Callable[[int], Any], bits: int | None) -> Any:
     # On CPU a pass costs what its comparisons cost, so one bit is best (measured). On an accelerator it is
-    # one stream of the array and one all-reduce, so fewer passes should win: four bits, reasoned, not measured.
+    # one stream of the array and one all-reduce, so fewer should win: four bits (reasoned, not measured).
     if bits is not None:
         return search(bits)
     return jax.lax.platform_dependent(cpu=lambda: search(1), default=lambda: search(4))
