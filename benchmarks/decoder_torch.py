@@ -175,7 +175,7 @@ def torch_step(args: argparse.Namespace, tokens: Any, start: Any) -> Callable[[]
 
 
 def timed(step: Callable[[], float], steps: int) -> list[tuple[float, float]]:
-    """Wall and processor seconds of each step, after a pause for the other's threads to sleep and one step."""
+    """Wall and processor seconds of each step, after a pause for sleep and one step."""
     time.sleep(0.4)
     step()
     seconds = []
