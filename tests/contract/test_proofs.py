@@ -24,7 +24,6 @@ def test_a_quick_proof_returns_its_claims_and_writes_its_plots(proof):
         assert claim.text.endswith(".")
         assert claim.expected
         assert claim.measured
-        assert bool(claim.holds) in (True, False)
     for name in result.plots:
         assert (folder / name).stat().st_size > 1000
     assert str(result).startswith(f"{result.slug}: ")
