@@ -1,6 +1,7 @@
 """A Llama-2-7B-sized language model, for a pod.
 
-    odjax train configs/lm_7b.py --source 'arrayrecord:/data/text-*.array_record' --tokenizer tokenizer.json --mesh 1,256,1
+    odjax train configs/lm_7b.py --source 'arrayrecord:/data/text-*.array_record' --tokenizer tokenizer.json
+    --mesh 1,256,1
 
 In float32 the parameters and Adam's moments take 81 GB: over 256 chips 0.3 GB each, before activations.
 """
@@ -44,7 +45,7 @@ def experiment(
         seed: of everything random.
     """
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(warmup, steps), max(steps, 1), end_value=0.1 * learning_rate
+        0.0, learning_rate, min(warmup, steps // 2), max(steps, 1), end_value=0.1 * learning_rate
     )
     return Experiment(
         model=decoder(preset, max_length=length, dtype="bfloat16", remat=remat),

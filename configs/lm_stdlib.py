@@ -45,7 +45,7 @@ def experiment(
         seed: of everything random.
     """
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(warmup, steps), max(steps, 1), end_value=0.1 * learning_rate
+        0.0, learning_rate, min(warmup, steps // 2), max(steps, 1), end_value=0.1 * learning_rate
     )
     return Experiment(
         model=decoder(preset, max_length=max(length, 512), dtype=dtype),

@@ -33,7 +33,7 @@ def experiment(
         seed: of everything random.
     """
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(warmup, steps), max(steps, 1), end_value=0.01 * learning_rate
+        0.0, learning_rate, min(warmup, steps // 2), max(steps, 1), end_value=0.01 * learning_rate
     )
     return Experiment(
         model=vit("tiny-digits", classes=10),

@@ -86,7 +86,9 @@ def test_eval_gives_the_numbers_of_the_run_on_any_mesh(odjax, trained):
 
 def test_generate_continues_a_prompt_and_the_seed_decides(odjax, trained):
     _, run = trained
-    texts = [odjax("generate", run, "--prompt", "line", "--length", 12, "--seed", seed)[1] for seed in (1, 1, 2)]
+    texts = [
+        odjax("generate", run, "--prompt", "line", "--length", 12, "--seed", seed)[1] for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
     assert all(text.startswith("line") for text in texts)
     greedy = [odjax("generate", run, "--prompt", "line", "--temperature", 0, "--seed", s)[1] for s in (1, 2)]
@@ -162,7 +164,9 @@ def test_help_of_everything(odjax):
         (("reproduce", "gumbel-topk"), "gumbel-top-k"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_that_names_what_is_at_fault(odjax, trained, tmp_path, monkeypatch, arguments, message):
+def test_a_mistake_is_one_line_that_names_what_is_at_fault(
+    odjax, trained, tmp_path, monkeypatch, arguments, message
+):
     config, run = trained
     monkeypatch.chdir(tmp_path)
     names = {"CONFIG": config, "RUN": run}

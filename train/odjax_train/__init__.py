@@ -1,11 +1,38 @@
-"""The odjax application: experiments, the sharded and resumable run, reports and the command line."""
+"""The odjax application: experiments, the sharded and resumable run, reports and the command line.
 
-from odjax_train.errors import UserError as UserError
-from odjax_train.experiment import Data as Data
-from odjax_train.experiment import Experiment as Experiment
-from odjax_train.experiment import Sample as Sample
-from odjax_train.mesh import MeshShape as MeshShape
-from odjax_train.tasks import Task as Task
-from odjax_train.tasks import classification as classification
-from odjax_train.tasks import language_model as language_model
-from odjax_train.tasks import translation as translation
+Names are loaded when they are first used, so that `odjax --help` does not wait for JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from odjax_train.errors import UserError as UserError
+    from odjax_train.experiment import Data as Data
+    from odjax_train.experiment import Experiment as Experiment
+    from odjax_train.experiment import Sample as Sample
+    from odjax_train.mesh import MeshShape as MeshShape
+    from odjax_train.tasks import Task as Task
+    from odjax_train.tasks import classification as classification
+    from odjax_train.tasks import language_model as language_model
+    from odjax_train.tasks import translation as translation
+
+_HOME = {
+    "UserError": "errors",
+    "Data": "experiment",
+    "Experiment": "experiment",
+    "Sample": "experiment",
+    "MeshShape": "mesh",
+    "Task": "tasks",
+    "classification": "tasks",
+    "language_model": "tasks",
+    "translation": "tasks",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'odjax_train' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"odjax_train.{_HOME[name]}"), name)

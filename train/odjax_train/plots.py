@@ -63,7 +63,7 @@ def lines(
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if names:
+    if len(series) + len(dots or {}) > 1:
         axes.legend(fontsize=8, frameon=False)
     return _svg(figure)
 

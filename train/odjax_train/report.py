@@ -23,6 +23,7 @@ _PAGE = """<!doctype html>
  .tile b {{ display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }} .tile span {{ color: #6b7280; font-size: .85rem; }}
  .plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1rem; }}
  .plots svg {{ width: 100%; height: auto; border: 1px solid #e5e7eb; border-radius: 8px; }}
+ .tables {{ display: flex; flex-wrap: wrap; gap: 0 3.5rem; }}
  table {{ border-collapse: collapse; font-size: .9rem; }} td, th {{ text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #f0f1f3; vertical-align: top; }}
  pre {{ background: #f8f9fb; border: 1px solid #e5e7eb; border-radius: 8px; padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.35; }}
  details {{ margin: .6rem 0; }} summary {{ cursor: pointer; }}
@@ -187,15 +188,15 @@ def _details(run: Run, *, heading: bool) -> str:
     if samples:
         text = samples[-1]["prompt"] + samples[-1]["text"]
         parts.append(f"<h2>A sample</h2><pre>{_e(text)}</pre>")
-    parts.append("<h2>What was run</h2>" + _table(record["arguments"]))
-    parts.append("<h2>Data</h2>" + _table(record["data"]))
     machine = {
         "devices": record["devices"],
         "processes": record["processes"],
         "commit": record["commit"] or "–",
         **record["versions"],
     }
-    parts.append("<h2>Where</h2>" + _table(machine))
+    tables = {"What was run": record["arguments"], "Data": record["data"], "Where": machine}
+    shown = (f"<div><h2>{title}</h2>{_table(values)}</div>" for title, values in tables.items())
+    parts.append(f'<div class="tables">{"".join(shown)}</div>')
     parts.append(_folded("Parameters", record["parameters"]))
     notable = [event for event in run.events if event["event"] not in ("sample", "checkpoint", "edit")]
     if notable:

@@ -14,7 +14,7 @@ from odjax.core import tree_report
 from odjax_train import run_folder
 from odjax_train.checkpoints import Checkpoints, Restored
 from odjax_train.config import Config, load, parse
-from odjax_train.data import feed as make_feed
+from odjax_train.data import feed
 from odjax_train.distributed import barrier, is_main, same_everywhere
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
@@ -71,7 +71,7 @@ def start(
 
     recorder = Recorder(folder, experiment.steps, experiment.task.unit, console, active=is_main())
     checkpoints = _checkpoints(folder, experiment)
-    feed = None
+    batches = None
     try:
         recorder.say(_heading(program, folder, data, details["parameters"]))
         restored = checkpoints.restore(program.state, warn=recorder.say) if resuming else None
@@ -90,21 +90,19 @@ def start(
             recorder.event("resume", step, skipped=[newer for newer, _ in restored.skipped])
         program, seconds = program.compile()
         recorder.say(f"step compiled in {seconds:.1f} s")
-        feed = make_feed(
-            experiment.data.train(experiment.seed), experiment.batch, batch_sharding(program.mesh)
-        )
+        batches = feed(experiment.data.train(experiment.seed), experiment.batch, batch_sharding(program.mesh))
         if restored is not None:
-            feed.set_state(restored.data)
+            batches.set_state(restored.data)
         trace = (folder / "profile", profile) if profile else None
         with program.context():
-            outcome = train(program, state, feed, checkpoints, recorder, stop, profile=trace)
+            outcome = train(program, state, batches, checkpoints, recorder, stop, profile=trace)
         if outcome.status == "finished" and experiment.sample is not None:
             _sample(program, outcome, recorder)
         return outcome
     finally:
         try:
-            if feed is not None:
-                feed.close()
+            if batches is not None:
+                batches.close()
             checkpoints.close()
         finally:
             recorder.close()

@@ -2,7 +2,7 @@
 
 from odjax_train.data.datasets import Images, Pairs, Text
 from odjax_train.data.examples import Examples, batches, evaluation_batches
-from odjax_train.data.feed import Feed, feed, local_rows
+from odjax_train.data.feeding import Feed, feed, local_rows
 from odjax_train.data.sources import open_source
 from odjax_train.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 

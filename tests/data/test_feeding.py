@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from odjax_train.data import Images, Text, batches, evaluation_batches, feed, local_rows
 from odjax_train.data.examples import Examples
-from odjax_train.data.feed import _cut, to_devices
+from odjax_train.data.feeding import _cut, to_devices
 from odjax_train.errors import UserError
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 1), (1, 1, 8)]

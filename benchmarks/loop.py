@@ -1,0 +1,116 @@
+"""What the training loop and the input pipeline cost, beside a bare loop of the same compiled step.
+
+    python benchmarks/loop.py
+
+Three ways to run the same steps of the main job's decoder, in turn, in one process:
+
+    bare    the compiled step on one batch that never changes
+    fed     the compiled step on the real data
+    loop    the whole training loop: data, logging, agreement to stop, edits and checkpoints not due
+"""
+
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from rich.console import Console
+
+from odjax_train.config import load
+from odjax_train.data import feed
+from odjax_train.loop import StopRequest, train
+from odjax_train.mesh import batch_sharding, make_mesh
+from odjax_train.metrics import Recorder
+from odjax_train.program import Program, build
+
+ROOT = Path(__file__).parents[1]
+
+
+class _Clock(Recorder):
+    """A recorder that notes when it was called."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)
+        self.marks: list[tuple[int, float]] = []
+
+    def train(self, step: int, *arguments: object) -> None:
+        self.marks.append((step, time.perf_counter()))
+        super().train(step, *arguments)
+
+    def seconds_per_step(self) -> float:
+        (first, start), (last, end) = self.marks[0], self.marks[-2]
+        return (end - start) / (last - first)
+
+
+class _NoCheckpoints:
+    """Checkpoints that are never due."""
+
+    folder = Path()
+
+    def steps(self) -> list[int]:
+        return []
+
+    def save(self, *_: object) -> int:
+        return 0
+
+
+def bare(program: Program, steps: int, *, constant: bool) -> float:
+    """Seconds a step of a loop that does nothing else."""
+    sharding = batch_sharding(program.mesh)
+    with program.context(), feed(program.experiment.data.train(0), program.experiment.batch, sharding) as batches:
+        state = program.init()
+        batch = next(batches)
+        state, _ = program.step(state, batch)
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        for _ in range(steps):
+            state, _ = program.step(state, batch if constant else next(batches))
+        jax.block_until_ready(state)
+        return (time.perf_counter() - start) / steps
+
+
+def whole(program: Program, steps: int) -> float:
+    """Seconds a step of the training loop."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        program.context(),
+        feed(program.experiment.data.train(0), program.experiment.batch, batch_sharding(program.mesh)) as batches,
+    ):
+        console = Console(file=open(Path(folder) / "console", "w"))  # noqa: SIM115
+        clock = _Clock(Path(folder), steps, "tokens", console, active=True)
+        train(program, program.init(), batches, _NoCheckpoints(), clock, StopRequest())
+        clock.close()
+        console.file.close()
+        return clock.seconds_per_step()
+
+
+def main(
+    steps: Annotated[int, tyro.conf.arg(help="steps of each way in a round")] = 60,
+    rounds: Annotated[int, tyro.conf.arg(help="rounds")] = 7,
+    batch: Annotated[int, tyro.conf.arg(help="sequences in a step")] = 4,
+    length: Annotated[int, tyro.conf.arg(help="bytes in a sequence")] = 128,
+) -> None:
+    """Prints the cost of the loop and of the input pipeline as ratios."""
+    config = load(ROOT / "configs" / "lm_stdlib.py", {"batch": batch, "length": length, "steps": steps})
+    experiment = dataclasses.replace(config.experiment(), eval_every=10**9, checkpoint_every=10**9, eval_batches=1)
+    program, _ = build(experiment, make_mesh(experiment.mesh)).compile()
+    found: dict[str, list[float]] = {"bare": [], "fed": [], "loop": []}
+    for _ in range(rounds):
+        found["bare"].append(bare(program, steps, constant=True))
+        found["fed"].append(bare(program, steps, constant=False))
+        found["loop"].append(whole(program, steps))
+    print(f"batch {batch} x {length}, {steps} steps a round, {rounds} rounds, {jax.devices()[0].device_kind}")
+    print(f"bare     {1e3 * statistics.median(found['bare']):8.2f} ms a step (median)")
+    for name, target in (("fed", 1.03), ("loop", 1.02)):
+        ratios = sorted(b / a for a, b in zip(found["bare"], found[name], strict=True))
+        middle = statistics.median(ratios)
+        print(f"{name:5} / bare  {middle:.4f}  (from {ratios[0]:.4f} to {ratios[-1]:.4f}; target <= {target})")
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
