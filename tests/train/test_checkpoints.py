@@ -234,3 +234,19 @@ def test_exchanged_elements_change_the_fingerprint_and_the_layout_does_not():
         assert jax.jit(fingerprints)([sharded])[0] == reference
     assert fingerprints([array[::-1]])[0] != reference
     assert fingerprints([array[:, ::-1]])[0] != reference
+
+
+def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(tmp_path, at, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(at(1), {})
+    checkpoints.wait()
+
+    def full(*args, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(
+        UserError, match="could not be written to .*: No space left on device; the last good one is of step 1"
+    ):
+        checkpoints.save(at(2), {})
+    checkpoints.close()

@@ -240,3 +240,27 @@ def test_a_checkpoint_of_an_incompatible_model_names_the_first_path(odjax, train
     assert "embed/embedding" in err
     assert "96" in err
     assert "128" in err
+
+
+def test_a_disk_that_fills_up_keeps_the_checkpoint_before(odjax, trained, tmp_path, monkeypatch):
+    import errno
+
+    from odjax_train.metrics import Recorder
+
+    config, _ = trained
+    evaluation = Recorder.evaluation
+
+    def full(self, step, metrics):
+        if step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        evaluation(self, step, metrics)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(Recorder, "evaluation", full)
+    status, _, err = odjax("train", config, "--run", run)
+    assert status == cli.MISTAKE
+    assert err == f"odjax: {run}: No space left on device; the last good checkpoint is of step 2\n"
+    monkeypatch.undo()
+    status, out, _ = odjax("train", config, "--run", run)
+    assert status == 0
+    assert "resuming from the checkpoint of step 2" in out

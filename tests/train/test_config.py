@@ -108,5 +108,5 @@ def test_other_flags_get_another_folder(config_file):
 
 
 def test_a_disk_without_room_is_noticed_before_training(tmp_path):
-    with pytest.raises(UserError, match=r"GiB free, the checkpoints need 1048576.0 GiB"):
+    with pytest.raises(UserError, match=r"free, the checkpoints need 1"):
         run_folder.require_space(tmp_path, 2**50)

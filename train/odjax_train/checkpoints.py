@@ -162,6 +162,11 @@ class Checkpoints:
             ),
         )
 
+    @staticmethod
+    def finished(folder: Path) -> list[int]:
+        """Steps of the finished checkpoints in a folder, without opening it."""
+        return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
     def _score(self, metrics: Mapping[str, float]) -> float:
         return metrics[self._metric]
 

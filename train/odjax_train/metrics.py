@@ -26,6 +26,29 @@ class _Pace:
         self._mark = (now, step)
 
 
+class _Events:
+    """TensorBoard's event file. No thread writes it: a full disk is noticed where it is written to."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+        if time.monotonic() - self._flushed > 10:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class Recorder:
     """Appends to a run's logs. A process that is not the main one gets one that does nothing.
 
@@ -45,10 +68,8 @@ class Recorder:
         self._pace = _Pace()
         if not active:
             return
-        from tensorboardX import SummaryWriter
-
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._events = SummaryWriter(str(folder / "events"), flush_secs=10)
+        self._events = _Events(folder / "events")
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -106,14 +127,16 @@ class Recorder:
         """Flushes everything and takes the bar down."""
         if self._active:
             self._bar.stop()
-            self._file.close()
-            self._events.close()
+            try:
+                self._events.close()
+            finally:
+                self._file.close()
 
     def _write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         self._line({"kind": kind, "step": step, "time": time.time(), **metrics})
         for name, value in metrics.items():
             if math.isfinite(value):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+                self._events.scalar(f"{kind}/{name}", value, step)
 
     def _line(self, record: Mapping[str, Any]) -> None:
         safe = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}

@@ -1,6 +1,7 @@
 """From a configuration to a run: opens what it needs, resumes what is there, trains, and says how it
 ended."""
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -69,28 +70,49 @@ def start(
         run_folder.require_space(folder, int(_ROOM * kept * _size(program)))
     barrier("space")
 
-    recorder = Recorder(folder, experiment.steps, experiment.task.unit, console, active=is_main())
-    checkpoints = _checkpoints(folder, experiment)
-    batches = None
     try:
-        recorder.say(_heading(program, folder, data, details["parameters"]))
+        return _train(program, folder, data, details["parameters"], resuming, profile, stop, console)
+    except OSError as error:
+        kept = Checkpoints.finished(folder / "checkpoints")
+        last = f"the last good checkpoint is of step {max(kept)}" if kept else "there is no checkpoint yet"
+        raise UserError(f"{folder}: {error.strerror or error}; {last}") from error
+
+
+def _train(
+    program: Program,
+    folder: Path,
+    data: dict[str, Any],
+    parameters: str,
+    resuming: bool,
+    profile: int,
+    stop: StopRequest,
+    console: Console,
+) -> Outcome:
+    """Opens logs, checkpoints and data, trains, and closes them however it ends."""
+    experiment = program.experiment
+    with contextlib.ExitStack() as opened:
+        recorder = Recorder(folder, experiment.steps, experiment.task.unit, console, active=is_main())
+        opened.callback(recorder.close)
+        checkpoints = _checkpoints(folder, experiment)
+        opened.callback(checkpoints.close)
+        recorder.say(_heading(program, folder, data, parameters))
         restored = checkpoints.restore(program.state, warn=recorder.say) if resuming else None
         if restored is None:
             with program.context():
                 state = program.init()
-            step = 0
         else:
-            state, step = restored.state, restored.step
+            state = restored.state
             _settle(restored, checkpoints, recorder)
-        if restored is not None and step >= experiment.steps:
-            text = f"{folder} has finished already, at step {step}; give --run another folder to start again"
-            return Outcome(state, step, "finished", text)
-        if restored is not None:
-            recorder.say(f"resuming from the checkpoint of step {step}")
-            recorder.event("resume", step, skipped=[newer for newer, _ in restored.skipped])
+            if restored.step >= experiment.steps:
+                text = f"{folder} has finished already, at step {restored.step}"
+                text += "; give --run another folder to start again"
+                return Outcome(state, restored.step, "finished", text)
+            recorder.say(f"resuming from the checkpoint of step {restored.step}")
+            recorder.event("resume", restored.step, skipped=[newer for newer, _ in restored.skipped])
         program, seconds = program.compile()
         recorder.say(f"step compiled in {seconds:.1f} s")
         batches = feed(experiment.data.train(experiment.seed), experiment.batch, batch_sharding(program.mesh))
+        opened.callback(batches.close)
         if restored is not None:
             batches.set_state(restored.data)
         trace = (folder / "profile", profile) if profile else None
@@ -99,13 +121,6 @@ def start(
         if outcome.status == "finished" and experiment.sample is not None:
             _sample(program, outcome, recorder)
         return outcome
-    finally:
-        try:
-            if batches is not None:
-                batches.close()
-            checkpoints.close()
-        finally:
-            recorder.close()
 
 
 def _built(experiment: Experiment, mesh: MeshShape | None) -> Program:

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from odjax.core import format_bytes
 from odjax_train.config import Config
 from odjax_train.errors import UserError
 
@@ -131,7 +132,7 @@ def require_space(folder: Path, needed: int) -> None:
         raise UserError(f"--run {folder}: cannot be written: {error.strerror or error}") from error
     if free < needed:
         raise UserError(
-            f"--run {folder}: {free / 2**30:.1f} GiB free, the checkpoints need {needed / 2**30:.1f} GiB"
+            f"--run {folder}: {format_bytes(free)} free, the checkpoints need {format_bytes(needed)}"
         )
 
 
