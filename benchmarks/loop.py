@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 
 from odjax_train.config import load
-from odjax_train.data import feed
+from odjax_train.data import Feed, feed
 from odjax_train.loop import StopRequest, train
 from odjax_train.mesh import batch_sharding, make_mesh
 from odjax_train.metrics import Recorder
@@ -59,10 +59,14 @@ class _NoCheckpoints:
         return 0
 
 
+def _batches(program: Program) -> Feed:
+    experiment = program.experiment
+    return feed(experiment.data.train(0), experiment.batch, batch_sharding(program.mesh))
+
+
 def bare(program: Program, steps: int, *, constant: bool) -> float:
     """Seconds a step of a loop that does nothing else."""
-    sharding = batch_sharding(program.mesh)
-    with program.context(), feed(program.experiment.data.train(0), program.experiment.batch, sharding) as batches:
+    with program.context(), _batches(program) as batches:
         state = program.init()
         batch = next(batches)
         state, _ = program.step(state, batch)
@@ -79,7 +83,7 @@ def whole(program: Program, steps: int) -> float:
     with (
         tempfile.TemporaryDirectory() as folder,
         program.context(),
-        feed(program.experiment.data.train(0), program.experiment.batch, batch_sharding(program.mesh)) as batches,
+        _batches(program) as batches,
     ):
         console = Console(file=open(Path(folder) / "console", "w"))  # noqa: SIM115
         clock = _Clock(Path(folder), steps, "tokens", console, active=True)
@@ -97,7 +101,10 @@ def main(
 ) -> None:
     """Prints the cost of the loop and of the input pipeline as ratios."""
     config = load(ROOT / "configs" / "lm_stdlib.py", {"batch": batch, "length": length, "steps": steps})
-    experiment = dataclasses.replace(config.experiment(), eval_every=10**9, checkpoint_every=10**9, eval_batches=1)
+    never = 10**9
+    experiment = dataclasses.replace(
+        config.experiment(), eval_every=never, checkpoint_every=never, eval_batches=1
+    )
     program, _ = build(experiment, make_mesh(experiment.mesh)).compile()
     found: dict[str, list[float]] = {"bare": [], "fed": [], "loop": []}
     for _ in range(rounds):
@@ -109,7 +116,8 @@ def main(
     for name, target in (("fed", 1.03), ("loop", 1.02)):
         ratios = sorted(b / a for a, b in zip(found["bare"], found[name], strict=True))
         middle = statistics.median(ratios)
-        print(f"{name:5} / bare  {middle:.4f}  (from {ratios[0]:.4f} to {ratios[-1]:.4f}; target <= {target})")
+        spread = f"from {ratios[0]:.4f} to {ratios[-1]:.4f}"
+        print(f"{name:5} / bare  {middle:.4f}  ({spread}; target <= {target})")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Workers of one run share what they compile.
 jax.config.update(
     "jax_compilation_cache_dir",
-    os.path.join(tempfile.gettempdir(), f"odjax-test-cache-{os.environ.get('PYTEST_XDIST_TESTRUNUID', 'local')}"),
+    os.path.join(
+        tempfile.gettempdir(), f"odjax-test-cache-{os.environ.get('PYTEST_XDIST_TESTRUNUID', 'local')}"
+    ),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
