@@ -13,7 +13,7 @@ train: $(READY)  ## a language model learns the Python standard library's source
 test: $(READY)  ## everything: lint, doctests, properties, sharding, resume
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -35,3 +35,8 @@ def real_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder} (set ODJAX_DATA_DIR)")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The modules that start processes go first, so that no worker ends long after the others."""
+    items.sort(key=lambda item: "tests/train/" not in item.nodeid)

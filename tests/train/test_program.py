@@ -36,7 +36,7 @@ def run(program, steps):
 @pytest.fixture(scope="module")
 def lm_runs(lm, program_of):
     """Twenty steps of the decoder on every mesh."""
-    programs = {sizes: program_of(lm(), *sizes) for sizes in MESHES}
+    programs = {sizes: program_of(lm(), *sizes).compile()[0] for sizes in MESHES}
     return {sizes: (program, *run(program, 20)) for sizes, program in programs.items()}
 
 
@@ -74,8 +74,7 @@ def test_parameters_and_moments_really_are_sharded(lm_runs):
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_the_compiled_step_gathers_no_whole_stack(lm_runs, sizes):
     program, _, _ = lm_runs[sizes]
-    with program.context():
-        text = program.step.lower(program.state, program.batch).compile().as_text()
+    text = program.step.as_text()
     gathered = [
         tuple(map(int, shape.split(",")))
         for shape in re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather\(", text)
@@ -89,8 +88,7 @@ def test_the_compiled_step_gathers_no_whole_stack(lm_runs, sizes):
 
 def test_the_state_is_donated_and_keeps_its_layout(lm_runs):
     program, _, state = lm_runs[2, 2, 2]
-    with program.context():
-        memory = program.step.lower(program.state, program.batch).compile().memory_analysis()
+    memory = program.step.memory_analysis()
     state_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes >= state_bytes
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(program.shardings), strict=True):

@@ -48,34 +48,27 @@ def uninterrupted(config, tmp_path_factory):
     return losses, folder
 
 
-def test_three_kills_leave_the_losses_bit_identical(config, uninterrupted, tmp_path):
-    folder = tmp_path / "killed"
-    for step in (5, 11, 18):
+def test_a_kill_and_two_signals_leave_the_losses_bit_identical(config, uninterrupted, tmp_path):
+    folder = tmp_path / "stopped"
+    resumed_at = []
+    for number, step in ((signal.SIGKILL, 5), (signal.SIGTERM, 11), (signal.SIGINT, 18)):
         process = processes.start("train", config, "--run", folder, *STEPS)
-        status, output = processes.stop_after(process, folder, step, signal.SIGKILL)
-        assert status == -signal.SIGKILL, output
+        status, output = processes.stop_after(process, folder, step, number)
+        if number == signal.SIGKILL:
+            assert status == -signal.SIGKILL, output
+            continue
+        assert status == processes.RESUMABLE, output
+        assert "Traceback" not in output
+        last = max(processes.losses(folder))
+        assert f"stopped by {number.name}: checkpoint of step {last} written" in output
+        resumed_at.append(last)
     status, output = processes.run("train", config, "--run", folder, *STEPS)
     assert status == 0, output
-    assert "resuming from the checkpoint of step" in output
+    assert f"resuming from the checkpoint of step {resumed_at[-1]}" in output
     assert processes.losses(folder) == uninterrupted[0]
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert sum(event.get("event") == "resume" for event in events) == 3
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_and_ends_with_its_own_status(config, uninterrupted, tmp_path, number):
-    folder = tmp_path / "stopped"
-    process = processes.start("train", config, "--run", folder, *STEPS)
-    status, output = processes.stop_after(process, folder, 6, number)
-    assert status == processes.RESUMABLE, output
-    assert f"stopped by {number.name}: checkpoint of step" in output
-    assert "Traceback" not in output
-    seen = processes.losses(folder)
-    assert f"checkpoint of step {max(seen)} written" in output
-    status, output = processes.run("train", config, "--run", folder, *STEPS)
-    assert status == 0, output
-    assert f"resuming from the checkpoint of step {max(seen)}" in output
-    assert processes.losses(folder) == uninterrupted[0]
+    resumes = [event["step"] for event in events if event.get("event") == "resume"]
+    assert resumes == [4, *resumed_at]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(config, uninterrupted):
@@ -109,46 +102,43 @@ def test_a_corrupt_newest_checkpoint_is_reported_and_the_run_goes_on_from_the_on
 
 
 def test_two_processes_lose_the_same_as_one_and_restore_each_others_checkpoints(config, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
     mesh = ("--mesh", "2,2,2")
 
-    def pair(folder, *flags):
+    def two(folder):
         address = f"localhost:{processes.free_port()}"
         return [
             processes.start(
-                "train", config, "--run", folder, "--cpu-devices", 4, *mesh, *flags,
+                "train", config, "--run", folder, "--cpu-devices", 4, *mesh, *STEPS,
                 "--coordinator", address, "--processes", 2, "--process", i,
             )
             for i in (0, 1)
         ]  # fmt: skip
 
-    def single(folder, *flags):
-        return processes.run("train", config, "--run", folder, "--cpu-devices", 8, *mesh, *flags)
+    def one(folder):
+        return processes.start("train", config, "--run", folder, "--cpu-devices", 8, *mesh, *STEPS)
 
-    status, output = single(one, *STEPS)
+    # Two processes begin, one of them is asked to stop and both do; one process goes on.
+    first = tmp_path / "two-then-one"
+    both = two(first)
+    asked = processes.stop_after(both[1], first, 10, signal.SIGTERM)
+    other = processes.finish(both[0])
+    assert asked[0] == other[0] == processes.RESUMABLE, asked[1] + other[1]
+    assert "another process" in other[1]
+    assert "step" not in asked[1], "only process 0 speaks"
+    status, output = processes.finish(one(first))
     assert status == 0, output
-    both = pair(two, *STEPS)
-    # Only one of them is asked to stop; both do, at the same step.
-    first = processes.stop_after(both[1], two, 6, signal.SIGTERM)
-    second = processes.finish(both[0])
-    assert first[0] == second[0] == processes.RESUMABLE, first[1] + second[1]
-    assert "another process" in second[1]
-    assert "step" not in first[1], "only process 0 speaks"
-    status, output = single(two, *STEPS)
-    assert status == 0, output
-    assert "resuming" in output
-    reference, found = processes.losses(one), processes.losses(two)
-    assert list(found) == list(reference)
-    for step, loss in reference.items():
-        assert found[step] == pytest.approx(loss, rel=1e-4)
-    assert found[24] < found[1]
 
-    # And the other way round: two processes go on with what one has left.
-    three = tmp_path / "three"
-    process = processes.start("train", config, "--run", three, "--cpu-devices", 8, *mesh, *STEPS)
-    assert processes.stop_after(process, three, 14, signal.SIGTERM)[0] == processes.RESUMABLE
-    for process in pair(three, *STEPS):
+    # One process begins, two go on.
+    second = tmp_path / "one-then-two"
+    process = one(second)
+    assert processes.stop_after(process, second, 8, signal.SIGTERM)[0] == processes.RESUMABLE
+    for process in two(second):
         status, output = processes.finish(process)
         assert status == 0, output
-    for step, loss in reference.items():
-        assert processes.losses(three)[step] == pytest.approx(loss, rel=1e-4)
+
+    # Whoever made a step, its loss is the same.
+    losses = processes.losses(first), processes.losses(second)
+    assert list(losses[0]) == list(losses[1]) == list(range(1, 25))
+    assert losses[0][24] < losses[0][1]
+    for step, loss in losses[0].items():
+        assert losses[1][step] == pytest.approx(loss, rel=1e-4)
