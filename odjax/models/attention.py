@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from odjax.models.axes import constrain, named
+from odjax.models.blocked_attention import blocked_attention
 from odjax.models.norms import RMSNorm
 from odjax.models.rotary import rotate
 
 AttentionFn = Callable[..., jax.Array]
-IMPLEMENTATIONS = (None, "xla", "cudnn")
+IMPLEMENTATIONS = (None, "xla", "cudnn", "blocked")
 
 linear_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -47,8 +48,9 @@ def attend(
         value: like `key`.
         mask: bool, broadcastable to [B, heads, T, S]; True where attention may look.
         causal: whether token t sees only tokens 0..t.
-        implementation: "xla", "cudnn", None (JAX chooses), or a function
-            `(query, key, value, *, mask, is_causal) -> [B, T, heads, head_dim]`, for example a Pallas kernel.
+        implementation: None (JAX chooses), "xla", "cudnn", "blocked" (plain JAX, see `blocked_attention`), or
+            a function `(query, key, value, *, mask, is_causal) -> [B, T, heads, head_dim]`, for example a
+            Pallas kernel.
 
     Returns:
         [B, T, heads, head_dim].
@@ -60,6 +62,8 @@ def attend(
         >>> attend(ones, ones, ones, causal=True).shape
         (1, 3, 2, 4)
     """
+    if implementation == "blocked":
+        implementation = blocked_attention
     if callable(implementation):
         return implementation(query, key, value, mask=mask, is_causal=causal)
     # JAX's own function mixes bf16 and float32, which strict promotion forbids.
