@@ -35,6 +35,19 @@ DimensionNumbers = Mapping[str, MatrixView] | Callable[[str, tuple[int, ...]], M
 """A regular expression for whole paths -> view, or a function `(path, shape) -> view`, or the default."""
 
 
+def is_stacked(path: str, stacked: str | None = STACKED) -> bool:
+    """Whether the first axis of a leaf counts layers.
+
+    Args:
+      path: of the leaf.
+      stacked: regular expression for the paths of stacked layers; None where there are none.
+
+    Returns:
+      True when the whole path matches.
+    """
+    return stacked is not None and re.fullmatch(stacked, path) is not None
+
+
 def _fix(path: str, view: str) -> str:
     return f"say which axes are which with dimension_numbers={{{path!r}: {view}}}"
 
@@ -56,7 +69,7 @@ def _checked(path: str, shape: Sequence[int], view: MatrixView) -> MatrixView:
 def _default(path: str, shape: tuple[int, ...], stacked: str | None) -> MatrixView:
     names = path.split("/")
     module = names[-2].lower() if len(names) > 1 else ""
-    first = int(stacked is not None and re.fullmatch(stacked, path) is not None)
+    first = int(is_stacked(path, stacked))
     batch, axes = tuple(range(first)), tuple(range(first, len(shape)))
     n = len(axes)
     if n < 2:

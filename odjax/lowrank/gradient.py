@@ -1,0 +1,439 @@
+"""RAC-LoRA as a gradient transform: a chain of random low-rank updates of ordinary parameters.
+
+Malinovsky, Michieli, Hammoud, Ceritli, Elesedy, Ozay, Richtárik 2024, "Randomized Asymmetric Chain of LoRA",
+arXiv 2410.08305; Bernoulli sides from arXiv 2508.03820, cyclic windows from arXiv 2606.13767, rotated moments
+from FLORA, arXiv 2402.03293.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from odjax.core.keys import check_key, fold_path, fold_step
+from odjax.core.paths import Where, leaves_with_paths, select
+from odjax.lowrank import boundary
+from odjax.lowrank.matrices import (
+    STACKED,
+    DimensionNumbers,
+    MatrixView,
+    check_patterns,
+    from_matrices,
+    is_stacked,
+    matrix_shape,
+    to_matrices,
+    view_of,
+)
+from odjax.lowrank.sketches import (
+    Bernoulli,
+    Coordinates,
+    Law,
+    Scale,
+    Side,
+    Sketch,
+    check_law,
+    check_scale,
+    check_side,
+    column_norm,
+    dense,
+    draw,
+    fixed_side,
+    lift,
+    project,
+)
+
+_NOT_KERNELS = ("bias", "scale", "embedding", "pos_embedding", "positions", "cls")
+
+
+class RacLoraState(NamedTuple):
+    """State of `rac_lora`.
+
+    Attributes:
+      count: int32 [], updates so far; the block is `count // block_steps`.
+      key: uint32, the data of the key that the sketches are drawn from.
+      factors: state of the inner transform for {path: factor} of the adapted leaves.
+      rest: state of the inner transform for the other leaves, full-shaped.
+    """
+
+    count: jax.Array
+    key: jax.Array
+    factors: Any
+    rest: Any
+
+
+class _Leaf(NamedTuple):
+    """What is fixed about an adapted leaf."""
+
+    path: str
+    shape: tuple[int, ...]
+    view: MatrixView
+    rank: int
+    side: Literal["left", "right"] | Bernoulli
+    law: Law
+    scale: Scale
+    dtype: DTypeLike
+
+    def dim(self, side: str) -> int:
+        _, inputs, outputs = matrix_shape(self.shape, self.view)
+        return outputs if side == "left" else inputs
+
+    def factor_shape(self) -> tuple[int, ...]:
+        batch, inputs, outputs = matrix_shape(self.shape, self.view)
+        if isinstance(self.side, Bernoulli):
+            return (*batch, self.rank, max(inputs, outputs))
+        if self.side == "left":
+            return (*batch, *(self.shape[axis] for axis in self.view.inputs), self.rank)
+        return (*batch, self.rank, *(self.shape[axis] for axis in self.view.outputs))
+
+    def draw(self, key: jax.Array, block: jax.Array, side: str) -> Sketch:
+        batch, _, _ = matrix_shape(self.shape, self.view)
+        return draw(
+            *(key, block, self.path, self.dim(side), self.rank, self.law, self.dtype),
+            batch=batch,
+            scale=self.scale,
+        )
+
+
+def _inverse_gram(made: Sketch, leaf: _Leaf, side: str) -> jax.Array | float:
+    """(Q^T Q)^+, a number where it is a multiple of the identity."""
+    norm2 = column_norm(leaf.scale, leaf.dim(side)) ** 2
+    if isinstance(made, Coordinates) or leaf.law == "orthonormal":
+        return 1.0 / norm2
+    gram = jnp.matmul(jnp.swapaxes(made, -1, -2), made, precision=jax.lax.Precision.HIGHEST)
+    inverse = jnp.linalg.pinv(gram * jnp.asarray(1.0 / norm2, gram.dtype), hermitian=True)
+    return inverse * jnp.asarray(1.0 / norm2, gram.dtype)
+
+
+def _down(leaf: _Leaf, made: Sketch, matrices: jax.Array, side: str, s: float, precondition: bool) -> Any:
+    """The factor's gradient s project(Q, G), as a stack of matrices."""
+    z = project(made, matrices, side) * jnp.asarray(s, matrices.dtype)
+    if not precondition:
+        return z
+    inverse = _inverse_gram(made, leaf, side)
+    if isinstance(inverse, float):
+        return z * jnp.asarray(inverse, z.dtype)
+    return jnp.matmul(*((z, inverse) if side == "left" else (inverse, z)), precision="highest")
+
+
+class _Coin(NamedTuple):
+    """A leaf's sketches in a block whose side is drawn: only the one that is needed is made, in a branch."""
+
+    left: jax.Array
+    key: jax.Array
+    block: jax.Array
+
+
+def _prepare(leaf: _Leaf, key: jax.Array, block: jax.Array) -> Sketch | _Coin:
+    if isinstance(leaf.side, Bernoulli):
+        coin = fold_path(fold_path(fold_step(key, block), leaf.path), "side")
+        return _Coin(jax.random.bernoulli(coin, leaf.side.p), key, block)
+    return leaf.draw(key, block, leaf.side)
+
+
+def _to_factor(leaf: _Leaf, made: Sketch | _Coin, g: jax.Array, s: float, precondition: bool) -> jax.Array:
+    matrices = to_matrices(g, leaf.view).astype(leaf.dtype)
+    if not isinstance(made, _Coin):
+        return _down(leaf, made, matrices, leaf.side, s, precondition).reshape(leaf.factor_shape())
+
+    def one(side: str) -> Callable[[], jax.Array]:
+        def run() -> jax.Array:
+            z = _down(leaf, leaf.draw(made.key, made.block, side), matrices, side, s, precondition)
+            z = jnp.swapaxes(z, -1, -2) if side == "left" else z
+            return jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(0, leaf.factor_shape()[-1] - z.shape[-1])])
+
+        return run
+
+    return jax.lax.cond(made.left, one("left"), one("right"))
+
+
+def _from_factor(leaf: _Leaf, made: Sketch | _Coin, z: jax.Array, s: float) -> jax.Array:
+    batch, inputs, outputs = matrix_shape(leaf.shape, leaf.view)
+    if isinstance(made, _Coin):
+
+        def one(side: str) -> Callable[[], jax.Array]:
+            def run() -> jax.Array:
+                part = z[..., : inputs if side == "left" else outputs]
+                part = jnp.swapaxes(part, -1, -2) if side == "left" else part
+                return lift(leaf.draw(made.key, made.block, side), part, side)
+
+            return run
+
+        full = jax.lax.cond(made.left, one("left"), one("right"))
+    else:
+        shape = (inputs, leaf.rank) if leaf.side == "left" else (leaf.rank, outputs)
+        full = lift(made, z.reshape(*batch, *shape), leaf.side)
+    return from_matrices(full * jnp.asarray(s, full.dtype), leaf.view, leaf.shape)
+
+
+def _turn(leaf: _Leaf, key: jax.Array, block: jax.Array, moment: jax.Array, squared: bool) -> jax.Array:
+    """R M, or (R * R) V, with R = Q_new^T Q_old / (norm of the columns)^2."""
+    old, new = (dense(leaf.draw(key, b, leaf.side), leaf.dtype) for b in (block - 1, block))
+    r = jnp.matmul(jnp.swapaxes(new, -1, -2), old, precision="highest")
+    r = r * jnp.asarray(1.0 / column_norm(leaf.scale, leaf.dim(leaf.side)) ** 2, r.dtype)
+    r = r * r if squared else r
+    batch, inputs, outputs = matrix_shape(leaf.shape, leaf.view)
+    shape = (inputs, leaf.rank) if leaf.side == "left" else (leaf.rank, outputs)
+    z = moment.reshape(*batch, *shape).astype(leaf.dtype)
+    turned = (
+        jnp.matmul(z, jnp.swapaxes(r, -1, -2), precision="highest")
+        if leaf.side == "left"
+        else jnp.matmul(r, z, precision="highest")
+    )
+    return turned.reshape(moment.shape)
+
+
+def _whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_inner(inner: optax.GradientTransformation, factors: Any) -> None:
+    """Raises where the inner transform works with parameters and not without."""
+
+    def attempt(given: bool) -> Exception | None:
+        try:
+            jax.eval_shape(lambda z: inner.update(z, inner.init(z), z if given else None)[0], factors)
+        except Exception as error:  # whatever an unknown transform raises
+            return error
+        return None
+
+    if attempt(False) is not None and attempt(True) is None:
+        raise ValueError(
+            "the inner transform of rac_lora needs params, but what it sees are factors: use the scale_by_* "
+            "transform inside and put decay outside, optax.chain(rac_lora(optax.scale_by_adam(), ...), "
+            "optax.add_decayed_weights(...), optax.scale_by_learning_rate(...))"
+        )
+
+
+def rac_lora(
+    inner: optax.GradientTransformation,
+    rank: int,
+    block_steps: int,
+    *,
+    key: jax.Array,
+    side: Side = "auto",
+    law: Law = "orthonormal",
+    scale: Scale = "unit_rms",
+    on_boundary: Literal["reset", "keep", "rotate"] = "reset",
+    where: Where | None = None,
+    dimension_numbers: DimensionNumbers = None,
+    stacked: str | None = STACKED,
+    precondition: bool = False,
+    alpha: float | None = None,
+    clip_rank: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Runs an optimizer in a random low-rank subspace that is drawn anew every `block_steps` updates.
+
+    For a kernel with gradient G [inputs, outputs], sketch Q of the block and scale s = alpha / rank,
+
+        z = inner(s G Q),    update = s z Q^T      (left, the output side)
+        z = inner(s Q^T G),  update = s Q z        (right, the input side)
+
+    which gives the weights that training a LoRA with frozen factor Q from zero, and merging it at the end of
+    the block, gives. Moments are factor-sized: inputs x rank or rank x outputs numbers each. Sketches are
+    drawn from the key and never stored.
+
+    Leaves that are not adapted get the inner transform's update, from a state of its own (an inner transform
+    that mixes leaves, such as a global norm, sees the two groups apart: put it outside).
+
+    At a boundary "reset" clears the moments and their bias-correction count (schedules go on); "keep" leaves
+    the moments as they are (the authors' code); "rotate" carries them over, M <- R M and V <- (R * R) V with
+    R = Q_new^T Q_old of normalised columns, which is O(sqrt(rank / dim)) for random sketches. Tuned, the
+    three come out alike; at one rate "rotate" takes larger steps and "keep" smaller ones.
+
+    Data parallelism with the collective on the factors: under `jax.shard_map`, with per-device gradients,
+    `rac_lora(optax.chain(average_over("data"), optax.scale_by_adam()), ...)`.
+
+    Args:
+      inner: what is run on the factors, such as `optax.scale_by_adam()`; must not need params.
+      rank: of every update; at most the smaller side of each adapted matrix.
+      block_steps: updates between two sketches.
+      key: a typed key.
+      side: "left", "right", "auto" (the smaller side of each matrix: the largest rank / dim, and the larger
+        factor), or `Bernoulli(p)`: left with probability p in each block (factors are padded to the larger
+        of both shapes).
+      law: "orthonormal", "gaussian", "rademacher", "coordinate", "cyclic" or a function, see `draw`.
+      scale: "unit_rms" (columns of norm sqrt(dim)), "orthonormal" (norm 1), or the entries' RMS.
+      on_boundary: what happens to the moments, see above.
+      where: the leaves to adapt; None takes every floating leaf that is a matrix, except those named
+        bias, scale, embedding, pos_embedding, positions and cls.
+      dimension_numbers: which axes are inputs and outputs, see `view_of`.
+      stacked: paths of leaves whose first axis counts layers.
+      precondition: multiply the factor's gradient by (Q^T Q)^+; SGD with rate gamma / s^2 is then projected
+        gradient descent with rate gamma for every law.
+      alpha: s = alpha / rank; None is alpha = rank, s = 1.
+      clip_rank: lower the rank of a leaf to its smaller side instead of an error.
+
+    Returns:
+      A transform with state `RacLoraState`. Updates have the dtype of the gradients; factors are float32
+      (float64 for float64 leaves).
+
+    Raises:
+      ValueError: rank, block_steps, side, law, scale, on_boundary or alpha is wrong; at `init`: `where`
+        selects nothing or a leaf that is no real matrix, the rank is too large, the inner transform needs
+        params, or its state cannot be reset or rotated.
+      TypeError: the key is not a typed one, or `inner` is no transform.
+
+    Source: arXiv 2410.08305, algorithm 1.
+
+    Example:
+      >>> optimizer = optax.chain(
+      ...     rac_lora(optax.scale_by_adam(), rank=2, block_steps=5, key=jax.random.key(0)),
+      ...     optax.scale_by_learning_rate(0.1),
+      ... )
+      >>> params = {"kernel": jnp.ones((8, 6))}
+      >>> state = optimizer.init(params)
+      >>> state[0].factors.mu["kernel"].shape
+      (8, 2)
+      >>> loss = lambda p: jnp.sum(p["kernel"] ** 2)
+      >>> for _ in range(40):
+      ...     updates, state = optimizer.update(jax.grad(loss)(params), state)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(params) < 4)
+      True
+    """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"inner must be an optax transform such as optax.scale_by_adam(), got {inner!r}")
+    _whole("rank", rank)
+    _whole("block_steps", block_steps)
+    check_key(key)
+    check_side(side)
+    check_law(law)
+    check_scale(scale)
+    boundary.check_boundary(on_boundary)
+    if on_boundary == "rotate" and isinstance(side, Bernoulli):
+        raise ValueError("on_boundary='rotate' needs one side: use side='auto' or on_boundary='reset'")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be a positive number or None, got {alpha!r}")
+    inner = optax.with_extra_args_support(inner)
+    impl = jax.random.key_impl(key)
+
+    def chosen(tree: Any, leaves: list[tuple[str, Any]]) -> list[bool]:
+        if where is not None:
+            return jax.tree.leaves(select(tree, where))
+        hits = [
+            leaf.ndim - is_stacked(path, stacked) >= 2
+            and jnp.issubdtype(leaf.dtype, jnp.floating)
+            and path.rpartition("/")[2] not in _NOT_KERNELS
+            for path, leaf in leaves
+        ]
+        if not any(hits):
+            raise ValueError(
+                "rac_lora found no matrix among the parameters "
+                f"({', '.join(repr(p) for p, _ in leaves[:3])}): name the leaves with where="
+            )
+        return hits
+
+    def leaf_of(path: str, leaf: Any) -> _Leaf:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"rac_lora cannot adapt {path!r}, which is {leaf.dtype}: narrow where= to real floats"
+            )
+        view = view_of(path, leaf.shape, dimension_numbers, stacked=stacked)
+        _, inputs, outputs = matrix_shape(leaf.shape, view)
+        if rank > min(inputs, outputs) and not clip_rank:
+            raise ValueError(
+                f"rank {rank} is more than the smaller side of {path!r} ({inputs} inputs, {outputs} outputs)"
+                ": lower it, narrow where=, or pass clip_rank=True"
+            )
+        at = side if isinstance(side, Bernoulli) else fixed_side(side, inputs, outputs)
+        dtype = leaf.dtype if leaf.dtype.itemsize > 4 else jnp.float32
+        return _Leaf(path, tuple(leaf.shape), view, min(rank, inputs, outputs), at, law, scale, dtype)
+
+    def plan(tree: Any) -> list[_Leaf | None]:
+        leaves = leaves_with_paths(tree)
+        check_patterns(dimension_numbers, [path for path, _ in leaves])
+        hits = chosen(tree, leaves)
+        return [leaf_of(*item) if hit else None for item, hit in zip(leaves, hits, strict=True)]
+
+    def strength(leaf: _Leaf) -> float:
+        return 1.0 if alpha is None else alpha / leaf.rank
+
+    def rest_of(tree: Any, leaves: list[_Leaf | None]) -> Any:
+        flat, structure = jax.tree.flatten(tree)
+        return structure.unflatten(
+            [optax.MaskedNode() if leaf else x for x, leaf in zip(flat, leaves, strict=True)]
+        )
+
+    def init(params: Any) -> RacLoraState:
+        count, data = jnp.zeros([], jnp.int32), jax.random.key_data(key)
+        if not jax.tree.leaves(params):  # a placeholder of optax.tree.map_params
+            return RacLoraState(count, data, inner.init(params), inner.init(params))
+        leaves = plan(params)
+        factors = {leaf.path: jnp.zeros(leaf.factor_shape(), leaf.dtype) for leaf in leaves if leaf}
+        shapes = {path: jax.ShapeDtypeStruct(z.shape, z.dtype) for path, z in factors.items()}
+        _check_inner(inner, shapes)
+        state = inner.init(factors)
+        boundary.check_state(state, factors, on_boundary)
+        return RacLoraState(count, data, state, inner.init(rest_of(params, leaves)))
+
+    def renew(
+        state: Any, gradients: dict[str, jax.Array], adapted: dict[str, _Leaf], key: Any, b: Any
+    ) -> Any:
+        if on_boundary == "reset":
+            return boundary.reset(inner, state, jax.tree.map(jnp.zeros_like, gradients))
+        return boundary.rotate(
+            state, gradients, lambda path, m, squared: _turn(leaf[path], key, b, m, squared)
+        )
+
+    def update(
+        updates: Any, state: RacLoraState, params: Any = None, **extra: Any
+    ) -> tuple[Any, RacLoraState]:
+        leaves = plan(updates)
+        flat, structure = jax.tree.flatten(updates)
+        adapted = {leaf.path: leaf for leaf in leaves if leaf}
+        run_key = jax.random.wrap_key_data(state.key, impl=impl)
+        block = state.count // block_steps
+        sketches = {path: _prepare(leaf, run_key, block) for path, leaf in adapted.items()}
+        factors = {
+            leaf.path: _to_factor(leaf, sketches[leaf.path], g, strength(leaf), precondition)
+            for g, leaf in zip(flat, leaves, strict=True)
+            if leaf
+        }
+        held = state.factors
+        if on_boundary != "keep":
+            begins = (state.count > 0) & (state.count % block_steps == 0)
+            held = jax.lax.cond(
+                begins, lambda s: renew(s, factors, adapted, run_key, block), lambda s: s, held
+            )
+        moved, held = inner.update(factors, held, None, **extra)
+        rest, rest_state = rest_of(updates, leaves), state.rest
+        if None in leaves:
+            rest_params = None if params is None else rest_of(params, leaves)
+            rest, rest_state = inner.update(rest, rest_state, rest_params, **extra)
+        others = iter(jax.tree.leaves(rest))
+        result = [
+            _from_factor(leaf, sketches[leaf.path], moved[leaf.path], strength(leaf)).astype(g.dtype)
+            if leaf
+            else next(others)
+            for g, leaf in zip(flat, leaves, strict=True)
+        ]
+        count = optax.safe_increment(state.count)
+        return structure.unflatten(result), RacLoraState(count, state.key, held, rest_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def average_over(axis_name: str | tuple[str, ...]) -> optax.GradientTransformation:
+    """The mean of the updates over a mesh axis, for use under `jax.shard_map`.
+
+    First inside `rac_lora` it makes the gradient all-reduce carry factors: inputs x rank numbers a kernel
+    instead of inputs x outputs, exact because projecting is linear.
+
+    Args:
+      axis_name: of the mesh, or several.
+
+    Returns:
+      A stateless transform.
+
+    Example:
+      >>> mean = lambda u: average_over("data").update(u, optax.EmptyState())[0]
+      >>> jax.vmap(mean, axis_name="data")(jnp.array([1.0, 3.0]))
+      Array([2., 2.], dtype=float32)
+    """
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: jax.lax.pmean(u, axis_name), updates))
