@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from odjax.models.axes import constrain, named
 from odjax.models.blocked_attention import blocked_attention
+from odjax.models.dense import matrix_dot
 from odjax.models.norms import RMSNorm
 from odjax.models.rotary import rotate
 
@@ -192,6 +193,7 @@ class Attention(nn.Module):
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            dot_general_cls=matrix_dot(),
             kernel_init=named(linear_init, "heads", "head_dim", "embed"),
             bias_init=named(nn.initializers.zeros, "norm"),
             name="o",
@@ -203,6 +205,7 @@ class Attention(nn.Module):
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            dot_general_cls=matrix_dot(),
             kernel_init=named(linear_init, "embed", axis, "head_dim"),
             bias_init=named(nn.initializers.zeros, axis, "head_dim"),
             name=name,

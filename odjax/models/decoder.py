@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 
 from odjax.models.attention import Attention, AttentionFn, check_attention, segment_mask
 from odjax.models.axes import constrain, named
-from odjax.models.embedding import embedding_init, table_by_vocab
+from odjax.models.dense import matrix_dot
+from odjax.models.embedding import attend_tokens, embedding_init, table_by_vocab
 from odjax.models.feedforward import SwiGLU
 from odjax.models.norms import RMSNorm
 from odjax.models.rotary import RotaryScaling, rotary_angles, rotary_frequencies
@@ -155,13 +156,12 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(self.norm_eps, self.dtype, self.param_dtype)
         if not self.tied and self.head is None:
-            self.lm_head = nn.Einsum(
-                (self.width, self.vocab),
-                "btd,dv->btv",
+            self.lm_head = nn.Dense(
+                self.vocab,
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                preferred_element_type=jnp.float32,
+                dot_general_cls=matrix_dot(jnp.float32),
                 kernel_init=named(embedding_init, "embed", "vocab"),
             )
 
@@ -266,7 +266,7 @@ class Decoder(nn.Module):
         if self.head is not None:
             y = self.head(features)
         elif self.tied:
-            y = self.embed.attend(features.astype(jnp.float32))
+            y = attend_tokens(self.embed, features)
         else:
             y = self.lm_head(features)
         return constrain(y.astype(jnp.float32), "batch", "length", "act_vocab")

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from odjax.models.axes import constrain
@@ -25,3 +26,18 @@ def table_by_vocab(*arrays: jax.Array, dtype: DTypeLike, inexact: bool = True) -
     """
     *rest, table = (array.astype(dtype) for array in arrays)
     return [*rest, constrain(table, "act_vocab", "act_embed")]
+
+
+def attend_tokens(embed: nn.Embed, features: jax.Array) -> jax.Array:
+    """Logits of a tied head, in float32 and as one matrix product (see `odjax.models.dense`).
+
+    Args:
+        embed: the table [vocab, width].
+        features: [B, T, width].
+
+    Returns:
+        [B, T, vocab] float32.
+    """
+    batch, length, width = features.shape
+    y = embed.attend(jnp.reshape(features, (batch * length, width)).astype(jnp.float32))
+    return jnp.reshape(y, (batch, length, y.shape[-1]))

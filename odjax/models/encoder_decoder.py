@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 
 from odjax.models.attention import Attention, AttentionFn, check_attention, segment_mask
 from odjax.models.axes import constrain, named
-from odjax.models.embedding import table_by_vocab
+from odjax.models.dense import matrix_dot
+from odjax.models.embedding import attend_tokens, table_by_vocab
 from odjax.models.feedforward import FeedForward, SwiGLU, activation_named
 from odjax.models.norms import LayerNorm
 from odjax.models.positions import sinusoidal_positions
@@ -208,13 +209,12 @@ class EncoderDecoder(nn.Module):
         self.embed = table(self.vocab)
         if not self.shared:
             self.source_embed = table(self.source_vocab or self.vocab)
-            self.lm_head = nn.Einsum(
-                (self.width, self.vocab),
-                "btd,dv->btv",
+            self.lm_head = nn.Dense(
+                self.vocab,
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                preferred_element_type=jnp.float32,
+                dot_general_cls=matrix_dot(jnp.float32),
                 kernel_init=named(init, "embed", "vocab"),
             )
         if self.learned_positions:
@@ -362,7 +362,7 @@ class EncoderDecoder(nn.Module):
         Returns:
             Logits [B, T, vocab] float32.
         """
-        y = self.embed.attend(features.astype(jnp.float32)) if self.shared else self.lm_head(features)
+        y = attend_tokens(self.embed, features) if self.shared else self.lm_head(features)
         return constrain(y.astype(jnp.float32), "batch", "length", "act_vocab")
 
     def _embed(

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from odjax.models.attention import linear_init
 from odjax.models.axes import constrain, named
+from odjax.models.dense import matrix_dot
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -132,6 +133,7 @@ def _linear(
         use_bias=layer.use_bias,
         dtype=layer.dtype,
         param_dtype=layer.param_dtype,
+        dot_general_cls=matrix_dot(),
         kernel_init=named(linear_init, *kernel),
         bias_init=named(nn.initializers.zeros, bias),
         name=name,
