@@ -324,7 +324,8 @@ def column_norms(
     inputs, outputs = dims(sizes)
     kind = jnp.promote_types(kernel.dtype, jnp.float32)
     w = kernel.astype(kind).reshape(*sizes.batch, inputs, outputs)
-    square = jnp.sum(w * w, axis=-2)
+    # Summed in one order whatever surrounds it: at the start of DoRA the length is the stored one, to the bit.
+    square = jax.lax.optimization_barrier(jnp.sum(jax.lax.optimization_barrier(w) ** 2, axis=-2))
     if a is not None and b is not None:
         a, b = as_matrices(a, b, sizes)
         cross = jnp.sum(jnp.einsum("...ir,...io->...ro", a, w) * b, axis=-2)

@@ -33,12 +33,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from odjax.core import Where
+from odjax.lowrank.sketches import SIDES, check_law, check_scale, fixed_side
 
 METHODS = ("lora", "rslora", "rac", "asym", "lora_fa", "cola", "relora", "dora", "pissa", "dylora")
 SKETCHED = ("rac", "asym", "lora_fa")
 CHAINS = ("rac", "cola", "relora")
 INITS = ("kaiming", "gaussian")
-SIDES = ("left", "right", "auto")
 
 FACTORS = r"(.*/)?lora_(a|b|magnitude)"
 """`where` of everything that a low-rank method trains; the random halves and the weights are not in it."""
@@ -102,6 +102,10 @@ class LowRank:
                 f"side must be one of {', '.join(SIDES)}, got {self.side!r}: factors keep their shapes, so a "
                 "side that is drawn for each block needs the gradient view, odjax.rac_lora"
             )
+        if self.law is not None:
+            check_law(self.law)
+        if self.sketch_scale is not None:
+            check_scale(self.sketch_scale)
         if self.method not in SKETCHED:
             for name in ("law", "sketch_scale"):
                 if getattr(self, name) is not None:
@@ -213,7 +217,8 @@ def side_of(spec: LowRank, inputs: int, outputs: int) -> str | None:
       outputs: output dimension of the matrix.
 
     Returns:
-      The side. "auto" is the side with the smaller dimension d, as progress a step is rank / d.
+      The side. "auto" is, for `rac`, that of the smaller dimension d, as progress a step is rank / d; "right"
+      otherwise.
 
     Example:
       >>> side_of(LowRank(method="rac"), 64, 16)
@@ -221,11 +226,9 @@ def side_of(spec: LowRank, inputs: int, outputs: int) -> str | None:
     """
     if spec.method not in SKETCHED:
         return None
-    if spec.side != "auto":
-        return spec.side
-    if spec.method != "rac":
+    if spec.side == "auto" and spec.method != "rac":
         return "right"
-    return "left" if outputs < inputs else "right"
+    return fixed_side(spec.side, inputs, outputs)
 
 
 def sketch_of(spec: LowRank) -> tuple[Any, Any]:
