@@ -59,8 +59,8 @@ def check_state(state: Any, factors: Mapping[str, Any], on_boundary: str) -> Non
         if place is None:
             raise ValueError(
                 f"on_boundary={on_boundary!r}: the inner state{name} of shape {jnp.shape(leaf)} has the "
-                "shape of no factor; use an inner transform with moments of the factors' shapes (scale_by_adam, "
-                "trace, ...) or on_boundary='keep'"
+                "shape of no factor; use an inner transform with moments of the factors' shapes "
+                "(scale_by_adam, trace, ...) or on_boundary='keep'"
             )
         if on_boundary == "rotate" and place[0] not in _FIRST + _SECOND:
             raise ValueError(

@@ -372,14 +372,24 @@ def rac_lora(
         boundary.check_state(state, factors, on_boundary)
         return RacLoraState(count, data, state, inner.init(rest_of(params, leaves)))
 
-    def renew(
-        state: Any, gradients: dict[str, jax.Array], adapted: dict[str, _Leaf], key: Any, b: Any
+    def renewed(
+        state: RacLoraState, factors: dict[str, jax.Array], adapted: dict[str, _Leaf], key: jax.Array
     ) -> Any:
+        """The factors' state, in the coordinates of this block where it begins."""
+        begins = (state.count > 0) & (state.count % block_steps == 0)
+        if on_boundary == "keep":
+            return state.factors
         if on_boundary == "reset":
-            return boundary.reset(inner, state, jax.tree.map(jnp.zeros_like, gradients))
-        return boundary.rotate(
-            state, gradients, lambda path, m, squared: _turn(leaf[path], key, b, m, squared)
-        )
+            fresh = boundary.reset(
+                inner, state.factors, {path: jnp.zeros(z.shape, z.dtype) for path, z in factors.items()}
+            )
+            return jax.tree.map(lambda new, old: jnp.where(begins, new, old), fresh, state.factors)
+
+        def turn(path: str, moment: jax.Array, squared: bool) -> jax.Array:
+            return _turn(adapted[path], key, state.count // block_steps, moment, squared)
+
+        held = state.factors
+        return jax.lax.cond(begins, lambda s: boundary.rotate(s, factors, turn), lambda s: s, held)
 
     def update(
         updates: Any, state: RacLoraState, params: Any = None, **extra: Any
@@ -395,12 +405,7 @@ def rac_lora(
             for g, leaf in zip(flat, leaves, strict=True)
             if leaf
         }
-        held = state.factors
-        if on_boundary != "keep":
-            begins = (state.count > 0) & (state.count % block_steps == 0)
-            held = jax.lax.cond(
-                begins, lambda s: renew(s, factors, adapted, run_key, block), lambda s: s, held
-            )
+        held = renewed(state, factors, adapted, run_key)
         moved, held = inner.update(factors, held, None, **extra)
         rest, rest_state = rest_of(updates, leaves), state.rest
         if None in leaves:
