@@ -1,10 +1,10 @@
 """Adapters by interception: a Linen module in, a Linen module out.
 
-The calls of `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` and `nn.Embed` inside a model are intercepted;
-the factors are parameters in the scope of the module they belong to. So the parameters of the bare model keep
-their paths (a checkpoint of it is a part of the tree), `nn.scan`, `nn.remat` and axis names work as for any
-parameter, and the update is applied to activations, y = x W + s (x A) B: nothing of the size of a weight is made
-in a step.
+The calls of `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` and `nn.Embed` inside a model are
+intercepted; the factors are parameters in the scope of the module they belong to. So the parameters of the
+bare model keep their paths (a checkpoint of it is a part of the tree), `nn.scan`, `nn.remat` and axis names
+work as for any parameter, and the update is applied to activations, y = x W + s (x A) B: nothing of the size of a
+weight is made in a step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,22 +21,18 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from odjax.core import Where, fold_path, select
-from odjax.lowrank.factors import Recipe, Sizes, both, column_norms, frozen_half, recipes
+from odjax.lowrank.factors import LEAVES, Recipe, Sizes, both, column_norms, frozen_half, recipes, truncated
+from odjax.lowrank.layers import (
+    ADAPTABLE,
+    REFUSED,
+    axis_names,
+    conv_sizes,
+    product_of,
+    product_sizes,
+    spread_bias,
+    variable_of,
+)
 from odjax.lowrank.methods import LowRank, scale_of
-
-ADAPTABLE = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.Embed)
-REFUSED = (nn.ConvTranspose, nn.ConvLocal)
-LEAVES = ("lora_a", "lora_b", "lora_magnitude", "lora_sketch", "lora_frozen")
-
-
-class Product(NamedTuple):
-    """A layer as an einsum `inputs,kernel->outputs`, the kernel's letters by kind (batch, inputs, outputs)."""
-
-    inputs: str
-    batch: str
-    contracted: str
-    free: str
-    outputs: str
 
 
 def adapt(
@@ -60,10 +56,10 @@ def adapt(
 ) -> Adapted:
     """Adapts a Linen model with low-rank factors.
 
-    The result has the methods and attributes of the model. Its parameters are those of the model, under the same
-    paths, and `lora_*` beside each adapted weight. Train what `odjax.lowrank.FACTORS` selects: split the
-    parameters with `odjax.core.partition` and differentiate that part alone. Weights that are not adapted may be
-    trained too.
+    The result has the methods and attributes of the model. Its parameters are those of the model, under the
+    same paths, and `lora_*` beside each adapted weight. Train what `odjax.lowrank.FACTORS` selects: split the
+    parameters with `odjax.core.partition` and differentiate that part alone. Weights that are not adapted
+    may be trained too.
 
     Rank-dropping (`dylora`) and dropout are on while there is a "dropout" key.
 
@@ -92,8 +88,8 @@ def adapt(
       The adapted model.
 
     Raises:
-      ValueError: a setting that is not possible; at `init`, when `where` selects nothing, when a rank is above
-        the smaller dimension of a weight, or when a selected layer cannot be adapted.
+      ValueError: a setting that is not possible; at `init`, when `where` selects nothing, when a rank is
+        above the smaller dimension of a weight, or when a selected layer cannot be adapted.
       TypeError: a model that is no Linen module, or a setting of the wrong type.
 
     Source: Hu et al. 2021, "LoRA", equation 3; Malinovsky et al. 2024, "RAC-LoRA", algorithm 1; see
@@ -109,7 +105,7 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"adapt takes a flax.linen module, got {type(model).__name__}: for parameters of anything else use "
+            f"adapt takes a flax.linen module, got {type(model).__name__}: for other parameters use "
             "odjax.lowrank.parameter_adapter"
         )
     if isinstance(model, Adapted):
@@ -210,7 +206,7 @@ def _check_selected(spec: LowRank, seen: dict[str, bool]) -> None:
             + ", ".join(f"nn.{layer.__name__}" for layer in ADAPTABLE)
         )
     if not any(seen.values()):
-        select({path: 0.0 for path in seen}, spec.where if isinstance(spec.where, str) else lambda *_: False)
+        select(dict.fromkeys(seen, 0.0), spec.where if isinstance(spec.where, str) else lambda *_: False)
     chosen = {path: 0.0 for path, hit in seen.items() if hit}
     for pattern, _ in (*spec.rank_pattern, *spec.alpha_pattern):
         select(chosen, pattern)
@@ -225,24 +221,23 @@ def _interceptor(
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal busy
         module, name = context.module, context.method_name
-        if busy or name not in ("setup", "__call__", "attend"):
-            return call(*args, **kwargs)
         table = isinstance(module, nn.Embed)
         known = isinstance(module, ADAPTABLE)
-        if not (known or isinstance(module, REFUSED)) or table != (name in ("setup", "attend")):
-            if not (table and name == "__call__"):
-                return call(*args, **kwargs)
+        expected = ("setup", "__call__", "attend") if table else ("__call__",)
+        if busy or not (known or isinstance(module, REFUSED)) or name not in expected:
+            return call(*args, **kwargs)
         result = call(*args, **kwargs)
         leaf = "embedding" if table else "kernel"
         path = "/".join((*module.path[depth:], leaf))
-        weight = _variable(module, leaf)
+        weight = variable_of(module, leaf)
         hit = _selected(spec, path, weight)
         seen[path] = seen.get(path, False) or hit
         if not hit:
             return result
         if not known:
             raise ValueError(
-                f"{path!r} belongs to a {type(module).__name__}, which cannot be adapted: exclude it with where="
+                f"{path!r} belongs to a {type(module).__name__}, which cannot be adapted: "
+                "exclude it with where="
             )
         busy = True
         try:
@@ -262,10 +257,6 @@ def _selected(spec: LowRank, path: str, weight: jax.Array) -> bool:
     return re.fullmatch(spec.where, path) is not None
 
 
-def _variable(module: nn.Module, name: str) -> Any:
-    return nn.unbox(module.get_variable("params", name))
-
-
 def _adapted(
     spec: LowRank,
     path: str,
@@ -283,7 +274,7 @@ def _adapted(
     precision = getattr(module, "precision", None)
     if isinstance(module, nn.Embed):
         sizes = Sizes((), *((n,) for n in weight.shape))
-        leaves = {leaf: _variable(module, leaf) for leaf in LEAVES if module.has_variable("params", leaf)}
+        leaves = {leaf: variable_of(module, leaf) for leaf in LEAVES if module.has_variable("params", leaf)}
         a, b, scale = _live(spec, path, module, leaves, sizes, draw)
         a, b = a.astype(dtype), b.astype(dtype)
         if name == "attend":
@@ -292,8 +283,8 @@ def _adapted(
         hidden = jnp.take(a, x, axis=0) if module.num_embeddings > 1 else a[0][(None,) * x.ndim]
         return y + _times(jnp.einsum("...r,ro->...o", hidden, b), scale, y.dtype)
 
-    product = None if isinstance(module, nn.Conv) else _product(path, module, x, *rest, **kwargs)
-    sizes = _conv_sizes(path, spec, module, weight) if product is None else _sizes(product, weight)
+    product = None if isinstance(module, nn.Conv) else product_of(path, module, x, *rest, **kwargs)
+    sizes = conv_sizes(path, spec, module, weight) if product is None else product_sizes(product, weight)
     leaves = _declare(spec, path, module, sizes, weight)
     a, b, scale = _live(spec, path, module, leaves, sizes, draw)
     if spec.dropout and module.has_rng("dropout"):
@@ -322,7 +313,7 @@ def _adapted(
     update = _times(update, scale, y.dtype)
     if spec.method != "dora":
         return y + update
-    bias = _variable(module, "bias").astype(y.dtype) if module.use_bias else None
+    bias = variable_of(module, "bias").astype(y.dtype) if module.use_bias else None
     # The length is a constant to the gradient (Liu et al. 2024, section 4.3).
     frozen = jax.lax.stop_gradient((weight, a, b))
     ratio = leaves["lora_magnitude"] / column_norms(frozen[0], sizes, *frozen[1:], scale)
@@ -331,16 +322,8 @@ def _adapted(
     def stretched(z: jax.Array, by: jax.Array) -> jax.Array:
         return jnp.einsum(f"{product.outputs},{letters}->{product.outputs}", z, by.astype(z.dtype))
 
-    bare = y if bias is None else y - _broadcast(bias, product, y)
+    bare = y if bias is None else y - spread_bias(bias, product, y)
     return y + stretched(bare, ratio - 1) + stretched(update, ratio)
-
-
-def _broadcast(bias: jax.Array, product: Product, y: jax.Array) -> jax.Array:
-    """A bias in the layout of the output."""
-    letters = "".join(c for c in product.outputs if c in product.batch + product.free)
-    if product.batch and not product.outputs.startswith(product.batch):
-        letters = product.batch + product.free
-    return jnp.einsum(f"{product.outputs},{letters}->{product.outputs}", jnp.ones_like(y), bias)
 
 
 def _times(update: jax.Array, scale: float | jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -359,7 +342,7 @@ def _live(
     a, b = both(spec, leaves, sizes)
     if "lora_sketch" in leaves:
         # What is drawn in the step is laid out like the weight that it belongs to.
-        names = _names(module)
+        names = axis_names(module)
         if names is not None:
             n, i = len(sizes.batch), len(sizes.inputs)
             a = nn.with_logical_constraint(a, (*names[: n + i], None))
@@ -374,52 +357,6 @@ def _live(
     )
 
 
-def truncated(
-    a: jax.Array, b: jax.Array, keep: int | jax.Array, batch: int, *, train_all: bool = True
-) -> tuple[jax.Array, jax.Array]:
-    """The first `keep` columns of A and rows of B, the others zero; the shapes stay.
-
-    Args:
-      a: [batch..., inputs..., rank].
-      b: [batch..., rank, outputs...].
-      keep: how many, 1 to rank; may be traced.
-      batch: number of batch axes.
-      train_all: whether all that is kept gets a gradient, or only the last column and row of it.
-
-    Returns:
-      A and B.
-
-    Source: Valipour et al. 2022, "DyLoRA", section 3.
-
-    Example:
-      >>> truncated(jnp.ones((1, 3)), jnp.ones((3, 1)), 2, 0)[0]
-      Array([[1., 1., 0.]], dtype=float32)
-    """
-    index = jnp.arange(a.shape[-1])
-
-    def cut(leaf: jax.Array, axis: int) -> jax.Array:
-        at = jnp.expand_dims(index, [i for i in range(leaf.ndim) if i != axis])
-        if not train_all:
-            leaf = jnp.where(at == keep - 1, leaf, jax.lax.stop_gradient(leaf))
-        return jnp.where(at < keep, leaf, jnp.zeros_like(leaf))
-
-    return cut(a, a.ndim - 1), cut(b, batch)
-
-
-def _names(module: nn.Module) -> tuple[str | None, ...] | None:
-    """The logical axis names of a module's weight, from its initializer."""
-    if isinstance(module, nn.Embed):
-        init, shape = module.embedding_init, (module.num_embeddings, module.features)
-    else:
-        init, shape = module.kernel_init, _variable(module, "kernel").shape
-    try:
-        box = jax.eval_shape(lambda key: init(key, shape, jnp.float32), jax.random.key(0))
-    except (TypeError, ValueError):
-        return None  # an initializer for a flattened kernel only: no names to inherit
-    names = getattr(box, "names", None)
-    return tuple(names) if names is not None and len(names) == len(shape) else None
-
-
 def _declare(
     spec: LowRank, path: str, module: nn.Module, sizes: Sizes, weight: jax.Array
 ) -> dict[str, jax.Array]:
@@ -429,7 +366,7 @@ def _declare(
     if any(not module.has_variable("params", name) for name in made) and module.is_mutable_collection(
         "params"
     ):
-        names, key = _names(module), _key(module)
+        names, key = axis_names(module), _key(module)
 
     def held(name: str, recipe: Recipe) -> jax.Array:
         def init() -> Any:
@@ -470,58 +407,3 @@ def _key(module: nn.Module) -> jax.Array:
     if isinstance(module, nn.Embed):
         return module.make_rng("params")
     return _Key(parent=module, name="lora_key")()
-
-
-def _conv_sizes(path: str, spec: LowRank, module: nn.Conv, weight: jax.Array) -> Sizes:
-    if module.feature_group_count != 1:
-        raise ValueError(
-            f"{path!r} belongs to a convolution of {module.feature_group_count} groups, whose kernel is no single "
-            "matrix: exclude it with where="
-        )
-    if module.mask is not None:
-        raise ValueError(f"{path!r} belongs to a masked convolution: exclude it with where=")
-    if spec.method == "dora":
-        raise ValueError(
-            f"{path!r} belongs to a convolution: method='dora' adapts linear layers, exclude it with where="
-        )
-    return Sizes((), weight.shape[:-1], weight.shape[-1:])
-
-
-def _sizes(product: Product, weight: jax.Array) -> Sizes:
-    n, i = len(product.batch), len(product.contracted)
-    return Sizes(weight.shape[:n], weight.shape[n : n + i], weight.shape[n + i :])
-
-
-def _product(path: str, module: nn.Module, x: jax.Array, einsum_str: str | None = None) -> Product:
-    """The einsum of a linear layer."""
-    if isinstance(module, nn.Dense):
-        return Product("...i", "", "i", "o", "...o")
-    if isinstance(module, nn.Einsum):
-        return _einsum_product(path, (einsum_str or module.einsum_str).replace(" ", ""))
-    features = module.features if isinstance(module.features, tuple | list) else (module.features,)
-    axis = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    own, new = letters[: x.ndim], letters[x.ndim : x.ndim + len(features)]
-    contracted = [i % x.ndim for i in axis]
-    batch = [i % x.ndim for i in module.batch_dims]
-    rest = [i for i in range(x.ndim) if i not in contracted and i not in batch]
-    names = ["".join(own[i] for i in part) for part in (batch, contracted, rest)]
-    return Product(own, names[0], names[1], new, names[0] + names[2] + new)
-
-
-def _einsum_product(path: str, equation: str) -> Product:
-    operands, outputs = equation.split("->")
-    inputs, kernel = operands.split(",")
-    if "." in kernel or len(set(kernel)) < len(kernel):
-        raise ValueError(
-            f"the kernel of {path!r} in {equation!r} has an ellipsis or a letter twice: exclude it with where="
-        )
-    batch = "".join(c for c in kernel if c in inputs and c in outputs)
-    contracted = "".join(c for c in kernel if c in inputs and c not in outputs)
-    free = "".join(c for c in kernel if c not in inputs and c in outputs)
-    if batch + contracted + free != kernel or not contracted or not free:
-        raise ValueError(
-            f"the kernel {kernel!r} of {path!r} in {equation!r} is not laid out [batch..., inputs..., outputs...] "
-            "with an input and an output: write its letters in that order, or exclude it with where="
-        )
-    return Product(inputs, batch, contracted, free, outputs)

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from odjax.core import Edit, Where, fold_path, map_params_state, partition, reset_moments
+from odjax.core import (
+    Edit,
+    Where,
+    fold_path,
+    leaves_with_paths,
+    map_params_state,
+    partition,
+    reset_moments,
+    select,
+)
 from odjax.lowrank.adapt import Adapted
 from odjax.lowrank.factors import redrawn, sizes_of, with_update
 from odjax.lowrank.merge import map_adapted, rounded, spec_of
@@ -39,12 +48,12 @@ def restart(
 
     What becomes of the optimizer's state of the factors (`on_boundary`):
 
-    | value             | moments                                         | count of the bias correction          |
-    |-------------------|-------------------------------------------------|---------------------------------------|
-    | `reset`           | zero                                            | zero, if all leaves are factors       |
-    | `keep`            | kept, though they belong to other coordinates   | kept                                  |
-    | `prune_random`    | a random part `pruned` of them zero (0.99)      | kept                                  |
-    | `prune_magnitude` | the smallest part `pruned` of each leaf (0.9)   | kept                                  |
+    | value             | moments                                       | count of the bias correction     |
+    |-------------------|-----------------------------------------------|----------------------------------|
+    | `reset`           | zero                                          | zero, if all leaves are factors  |
+    | `keep`            | kept, though they are of other coordinates    | kept                             |
+    | `prune_random`    | a random part `pruned` of them zero (0.99)    | kept                             |
+    | `prune_magnitude` | the smallest part `pruned` of each leaf (0.9) | kept                             |
 
     `reset` is the least sensitive to the learning rate; tuned, the choices differ little.
 
@@ -53,8 +62,8 @@ def restart(
       every: length of a block in updates.
       on_boundary: see above; None is "prune_random" for `relora` and "reset" otherwise.
       pruned: the part of the moments that is pruned.
-      trainable: which parameters the optimizer's state is about, as the training loop selected them; None when
-        it is about all of them.
+      trainable: which parameters the optimizer's state is about, as the training loop selected them; None
+        when it is about all of them.
       stochastic: round bfloat16 weights at random in proportion instead of to nearest, so that small updates
         are not lost block after block.
       init: `optimizer.init`, where the state does not start at zero.
@@ -113,7 +122,9 @@ def restart(
 
 
 def next_block(model: Adapted | LowRank, params: Any, key: jax.Array, *, stochastic: bool = False) -> Any:
-    """Parameters at the start of the next block: merged weights, new factors. Factors of zero change no weight.
+    """Parameters at the start of the next block: merged weights, new factors.
+
+    Factors of zero change no weight.
 
     Args:
       model: the adapted model, or its `spec`.
@@ -162,7 +173,8 @@ def prune_moments(opt_state: Any, params: Any, part: float, *, key: jax.Array | 
 
     Example:
       >>> params = {"lora_a": jnp.ones((2, 2))}
-      >>> state = optax.trace(0.9).init(params)._replace(trace={"lora_a": jnp.array([[1.0, 4.0], [3.0, 2.0]])})
+      >>> moments = {"lora_a": jnp.array([[1.0, 4.0], [3.0, 2.0]])}
+      >>> state = optax.trace(0.9).init(params)._replace(trace=moments)
       >>> prune_moments(state, params, 0.5).trace["lora_a"]
       Array([[0., 4.],
              [3., 0.]], dtype=float32)
@@ -186,8 +198,6 @@ def prune_moments(opt_state: Any, params: Any, part: float, *, key: jax.Array | 
 
 
 def _selected(params: Any) -> list[tuple[str, bool]]:
-    from odjax.core import leaves_with_paths, select
-
     paths = [path for path, _ in leaves_with_paths(params)]
     return list(zip(paths, jax.tree.leaves(select(params, FACTORS)), strict=True))
 
@@ -203,8 +213,9 @@ def jagged_cosine(
 ) -> optax.Schedule:
     """A cosine that falls to zero at every restart and climbs back to itself within a few steps.
 
-    With c(t) the cosine from `peak` at the end of the warm-up to `floor * peak` at `steps`, the rate at step t of
-    the first block is c(t) with a linear warm-up, and in later blocks c(t) min(1, (t mod every + 1) / rewarm).
+    With c(t) the cosine from `peak` at the end of the warm-up to `floor * peak` at `steps`, the rate at step
+    t of the first block is c(t) with a linear warm-up, and in later blocks c(t) min(1, (t mod every + 1) /
+    rewarm).
 
     Args:
       peak: the largest rate.

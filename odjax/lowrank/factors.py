@@ -1,7 +1,7 @@
 """The factors of one weight: their shapes, their start, the frozen half drawn from its key, the update.
 
-A weight is laid out [batch..., inputs..., outputs...]; the axes of each kind may be several or, for the batch,
-none. Beside it lie, in the same scope:
+A weight is laid out [batch..., inputs..., outputs...]; the axes of each kind may be several or, for the
+batch, none. Beside it lie, in the same scope:
 
     lora_a          [batch..., inputs..., rank]      trained
     lora_b          [batch..., rank, outputs...]     trained
@@ -9,8 +9,8 @@ none. Beside it lie, in the same scope:
     lora_sketch     [batch..., 3] uint32             two words of a key and the number of the block
     lora_frozen     the frozen half as an array, where it is cached
 
-A method with a frozen half has `lora_a` or `lora_b`, and `lora_sketch`. How many axes are of which kind follows
-from the ranks of these arrays alone, so a tree of parameters can be merged without the model.
+A method with a frozen half has `lora_a` or `lora_b`, and `lora_sketch`. How many axes are of which kind
+follows from the ranks of these arrays alone, so a tree of parameters can be merged without the model.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import jax.numpy as jnp
 
 from odjax.lowrank.methods import LowRank, rank_of, scale_of, side_of, sketch_of
 from odjax.lowrank.sketches import sketch
+
+LEAVES = ("lora_a", "lora_b", "lora_magnitude", "lora_sketch", "lora_frozen")
 
 
 class Sizes(NamedTuple):
@@ -79,8 +81,8 @@ def sizes_of(shape: tuple[int, ...], leaves: Mapping[str, Any]) -> Sizes:
     if outputs is None or inputs is None:
         if "lora_sketch" not in leaves or (outputs is None and inputs is None):
             raise ValueError(
-                f"a weight {list(shape)} has {sorted(leaves)} beside it: it needs lora_a and lora_b, or one of "
-                "them and lora_sketch"
+                f"a weight {list(shape)} has {sorted(leaves)} beside it: it needs lora_a and lora_b, or one "
+                "of them and lora_sketch"
             )
         batch = leaves["lora_sketch"].ndim - 1
     else:
@@ -98,8 +100,8 @@ def sizes_of(shape: tuple[int, ...], leaves: Mapping[str, Any]) -> Sizes:
             del found[at]
             if tuple(found) != expected:
                 raise ValueError(
-                    f"{name} {list(leaves[name].shape)} does not fit a weight {list(shape)}: without its rank "
-                    f"it must be {list(expected)}"
+                    f"{name} {list(leaves[name].shape)} does not fit a weight {list(shape)}: without its "
+                    f"rank it must be {list(expected)}"
                 )
     return sizes
 
@@ -143,11 +145,10 @@ def recipes(
 
     if side is not None:
         name, shape, axes = ("lora_b", b_shape, b_axes) if side == "right" else ("lora_a", a_shape, a_axes)
-        held = {
+        return {
             name: Recipe(zeros(shape), axes),
             "lora_sketch": Recipe(lambda key: new_sketch(key, sizes.batch), (*range(n), None)),
         }
-        return held
     start = zeros(a_shape) if table else lambda key: _random_a(spec, key, a_shape, inputs, rank)
     other = (lambda key: jax.random.normal(key, b_shape, spec.dtype)) if table else zeros(b_shape)
     held = {"lora_a": Recipe(start, a_axes), "lora_b": Recipe(other, b_axes)}
@@ -285,13 +286,44 @@ def update_of(a: jax.Array, b: jax.Array, scale: float, sizes: Sizes) -> jax.Arr
     batch, ins, outs = letters[:n], letters[n : n + i], letters[n + i : n + i + o]
     kind = jnp.promote_types(a.dtype, jnp.float32)
     # In the axes of the weight, not as matrices: merging two sharded axes would gather them.
-    product = jnp.einsum(
+    return jnp.einsum(
         f"{batch}{ins}r,{batch}r{outs}->{batch}{ins}{outs}",
         a.astype(kind) * scale,
         b.astype(kind),
         precision=jax.lax.Precision.HIGHEST,
     )
-    return product
+
+
+def truncated(
+    a: jax.Array, b: jax.Array, keep: int | jax.Array, batch: int, *, train_all: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """The first `keep` columns of A and rows of B, the others zero; the shapes stay.
+
+    Args:
+      a: [batch..., inputs..., rank].
+      b: [batch..., rank, outputs...].
+      keep: how many, 1 to rank; may be traced.
+      batch: number of batch axes.
+      train_all: whether all that is kept gets a gradient, or only the last column and row of it.
+
+    Returns:
+      A and B.
+
+    Source: Valipour et al. 2022, "DyLoRA", section 3.
+
+    Example:
+      >>> truncated(jnp.ones((1, 3)), jnp.ones((3, 1)), 2, 0)[0]
+      Array([[1., 1., 0.]], dtype=float32)
+    """
+    index = jnp.arange(a.shape[-1])
+
+    def cut(leaf: jax.Array, axis: int) -> jax.Array:
+        at = jnp.expand_dims(index, [i for i in range(leaf.ndim) if i != axis])
+        if not train_all:
+            leaf = jnp.where(at == keep - 1, leaf, jax.lax.stop_gradient(leaf))
+        return jnp.where(at < keep, leaf, jnp.zeros_like(leaf))
+
+    return cut(a, a.ndim - 1), cut(b, batch)
 
 
 def column_norms(
@@ -324,8 +356,7 @@ def column_norms(
     inputs, outputs = dims(sizes)
     kind = jnp.promote_types(kernel.dtype, jnp.float32)
     w = kernel.astype(kind).reshape(*sizes.batch, inputs, outputs)
-    # Summed in one order whatever surrounds it: at the start of DoRA the length is the stored one, to the bit.
-    square = jax.lax.optimization_barrier(jnp.sum(jax.lax.optimization_barrier(w) ** 2, axis=-2))
+    square = jnp.sum(w * w, axis=-2)
     if a is not None and b is not None:
         a, b = as_matrices(a, b, sizes)
         cross = jnp.sum(jnp.einsum("...ir,...io->...ro", a, w) * b, axis=-2)
@@ -362,7 +393,9 @@ def with_update(spec: LowRank, path: str, kernel: jax.Array, leaves: Mapping[str
 def principal_split(
     spec: LowRank, path: str, kernel: jax.Array, leaves: Mapping[str, Any]
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """PiSSA: the principal part of a weight as factors, W = U S V^T, A = U_r sqrt(S_r / s), B = sqrt(S_r / s) V_r^T.
+    """PiSSA: the principal part of a weight as factors.
+
+    W = U S V^T, A = U_r sqrt(S_r / s), B = sqrt(S_r / s) V_r^T.
 
     Args:
       spec: the method.

@@ -12,9 +12,18 @@ from flax.core.meta import AxisMetadata
 from jax.typing import DTypeLike
 
 from odjax.core import fold_path
-from odjax.lowrank.adapt import LEAVES, Adapted, truncated
-from odjax.lowrank.factors import both, principal_split, scale_of, sizes_of, update_of, with_update
-from odjax.lowrank.methods import LowRank
+from odjax.lowrank.adapt import Adapted
+from odjax.lowrank.factors import (
+    LEAVES,
+    both,
+    column_norms,
+    principal_split,
+    sizes_of,
+    truncated,
+    update_of,
+    with_update,
+)
+from odjax.lowrank.methods import LowRank, scale_of
 
 Leaves = Mapping[str, Any]
 
@@ -124,8 +133,8 @@ def _with_factors(base: Any, params: Any) -> Any:
 def init_factors(model: Adapted, params: Any, key: jax.Array, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Parameters of an adapted model from those of the bare one, pretrained ones for example.
 
-    For `pissa` the factors take over the principal part of the weights and the weights become the rest; for `dora`
-    the lengths are those of the given weights.
+    For `pissa` the factors take over the principal part of the weights and the weights become the rest; for
+    `dora` the lengths are those of the given weights.
 
     Args:
       model: the adapted model.
@@ -156,7 +165,7 @@ def init_factors(model: Adapted, params: Any, key: jax.Array, *args: Any, **kwar
 
 
 def start_from(model: Adapted | LowRank, params: Any) -> Any:
-    """Sets what starts from the weights (`pissa`, the lengths of `dora`) after the weights have been replaced.
+    """Sets what starts from the weights (`pissa`, lengths of `dora`) after the weights have been replaced.
 
     Args:
       model: the adapted model, or its `spec`.
@@ -173,8 +182,6 @@ def start_from(model: Adapted | LowRank, params: Any) -> Any:
       >>> bool(jnp.allclose(merge(model, new)["kernel"], params["kernel"], atol=1e-6))
       True
     """
-    from odjax.lowrank.factors import column_norms
-
     spec = spec_of(model)
 
     def started(path: str, kernel: jax.Array, leaves: Leaves) -> tuple[jax.Array, Leaves]:
@@ -277,7 +284,8 @@ def map_adapted(
     result = walk(params, ())
     if not found:
         raise ValueError(
-            "nothing in params is adapted (there is no lora_a or lora_b): pass the parameters of the adapted model"
+            "nothing in params is adapted (there is no lora_a or lora_b): pass the parameters of the "
+            "adapted model"
         )
     return result
 

@@ -1,7 +1,7 @@
 """The low-rank methods as data: what each one trains, how it starts, and how its factors are scaled.
 
-Every method is W + s A B with A [in, rank] and B [rank, out] (Flax orientation), s = alpha / rank, and differs
-in which of the two is trained, in how they start, and in what happens every so many steps.
+Every method is W + s A B with A [in, rank] and B [rank, out] (Flax orientation), s = alpha / rank, and
+differs in which of the two is trained, in how they start, and in what happens every so many steps.
 
 | method    | trained       | start                        | after that                                    |
 |-----------|---------------|------------------------------|-----------------------------------------------|
@@ -16,9 +16,9 @@ in which of the two is trained, in how they start, and in what happens every so 
 | `pissa`   | A, B          | principal part of W          | W is the rest                                 |
 | `dylora`  | A, B          | as `lora`                    | a rank is drawn at every step                 |
 
-Sources: LoRA, Hu et al. 2021; rsLoRA, Kalajdzievski 2023; RAC-LoRA, Malinovsky et al. 2024; asymmetric LoRA, Zhu
-et al. 2024; LoRA-FA, Zhang et al. 2023; COLA, Xia et al. 2024; ReLoRA, Lialin et al. 2023; DoRA, Liu et al. 2024;
-PiSSA, Meng et al. 2024; DyLoRA, Valipour et al. 2022.
+Sources: LoRA, Hu et al. 2021; rsLoRA, Kalajdzievski 2023; RAC-LoRA, Malinovsky et al. 2024; asymmetric LoRA,
+Zhu et al. 2024; LoRA-FA, Zhang et al. 2023; COLA, Xia et al. 2024; ReLoRA, Lialin et al. 2023; DoRA, Liu et
+al. 2024; PiSSA, Meng et al. 2024; DyLoRA, Valipour et al. 2022.
 """
 
 from __future__ import annotations
