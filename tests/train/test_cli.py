@@ -264,3 +264,27 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(odjax, trained, tmp_pa
     status, out, _ = odjax("train", config, "--run", run)
     assert status == 0
     assert "resuming from the checkpoint of step 2" in out
+
+
+def test_a_run_starts_from_the_parameters_of_another(odjax, trained, tmp_path):
+    config, run = trained
+    text = (
+        config.read_text()
+        .replace("experiment(steps", "experiment(start: str, steps")
+        .replace("steps=steps", "start_from=pathlib.Path(start), steps=steps")
+    )
+    tuned = tmp_path / "tuned.py"
+    tuned.write_text("import pathlib\n" + text)
+    flags = ("--start", run, "--every", 1)
+    status, out, err = odjax("train", tuned, "--run", tmp_path / "run", *flags, "--steps", 1, "--rate", 0.0)
+    assert status == 0, err
+    assert f"starting from {run} (step 4): 11 parameters taken over" in out
+    # Without a single step, the new run is judged like the old one's average.
+    judged = [json.loads(odjax("eval", folder, "--json")[1])["loss"] for folder in (run, tmp_path / "run")]
+    assert judged[1] == pytest.approx(judged[0], rel=1e-6)
+    status, _, err = odjax("train", tuned, "--run", tmp_path / "wide", *flags, "--width", 128)
+    assert status == cli.MISTAKE
+    assert "has embed/embedding with shape (256, 96), this model with (256, 128)" in err
+    status, _, err = odjax("train", tuned, "--run", tmp_path / "none", "--start", tmp_path)
+    assert status == cli.MISTAKE
+    assert "is not a run" in err

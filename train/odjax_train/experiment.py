@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -66,6 +67,8 @@ class Experiment:
         schedule: the learning rate by step, for logs and plots alone (the optimizer has its own copy).
         accumulate: microbatches a step; the gradient is that of the whole batch.
         trainable: parameters that are trained; no gradient of any other is computed.
+        start_from: folder of a run whose parameters are taken over at the start; those that it did not have
+            (an adapter's, say) keep their initial values.
         edits: structural changes every K steps, compiled apart from the step.
         ema: decay of an exponential moving average of the parameters, used in evaluation and generation; None
             for none.
@@ -93,6 +96,7 @@ class Experiment:
     schedule: optax.Schedule | None = None
     accumulate: int = 1
     trainable: Where = ".*"
+    start_from: Path | None = None
     edits: Sequence[Edit] = ()
     ema: float | None = None
     seed: int = 0

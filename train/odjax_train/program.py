@@ -88,9 +88,24 @@ class Program:
             step = self.step.lower(self.state, self.batch).compile()
         return dataclasses.replace(self, step=step), time.perf_counter() - start
 
+    def started(self, state: TrainState, params: Any) -> TrainState:
+        """The state with other parameters, before the first step: optimizer and average begin at them."""
+        experiment = self.experiment
+
+        def restart(state: TrainState, params: Any) -> TrainState:
+            free, _ = partition(params, experiment.trainable)
+            ema = None if experiment.ema is None else _float32(free)
+            return state._replace(params=params, opt_state=experiment.optimizer.init(free), ema=ema)
+
+        return jax.jit(restart, out_shardings=self.shardings, donate_argnums=0)(state, params)
+
     def evaluated(self, state: TrainState) -> Any:
         """The parameters that are judged: the average where there is one."""
         return _averaged(self.experiment, state.params, state.ema)
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def _averaged(experiment: Experiment, params: Any, ema: Any) -> Any:
@@ -173,7 +188,7 @@ def _init(experiment: Experiment, batch: dict[str, jax.ShapeDtypeStruct]) -> Cal
             params=params,
             opt_state=experiment.optimizer.init(free),
             collections=collections,
-            ema=None if experiment.ema is None else jax.tree.map(lambda p: p.astype(jnp.float32), free),
+            ema=None if experiment.ema is None else _float32(free),
         )
 
     return init

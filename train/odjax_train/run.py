@@ -23,6 +23,7 @@ from odjax_train.flags import TrainFlags
 from odjax_train.loop import Outcome, StopRequest, evaluate, train
 from odjax_train.mesh import MeshShape, batch_sharding, bytes_per_device, make_mesh
 from odjax_train.metrics import Recorder
+from odjax_train.pretrained import start_from
 from odjax_train.program import Program, build
 from odjax_train.sampling import continue_text
 
@@ -100,6 +101,10 @@ def _train(
         if restored is None:
             with program.context():
                 state = program.init()
+            if experiment.start_from is not None:
+                params, text = start_from(experiment.start_from, state.params)
+                state = program.started(state, params)
+                recorder.say(text)
         else:
             state = restored.state
             _settle(restored, checkpoints, recorder)
