@@ -3,8 +3,8 @@
 The calls of `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` and `nn.Embed` inside a model are
 intercepted; the factors are parameters in the scope of the module they belong to. So the parameters of the
 bare model keep their paths (a checkpoint of it is a part of the tree), `nn.scan`, `nn.remat` and axis names
-work as for any parameter, and the update is applied to activations, y = x W + s (x A) B: nothing of the size of a
-weight is made in a step.
+work as for any parameter, and the update is applied to activations, y = x W + s (x A) B: nothing of the size
+of a weight is made in a step.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from odjax.lowrank.methods import LowRank, rank_of, scale_of, side_of, sketch_of
 from odjax.lowrank.sketches import sketch
@@ -41,6 +42,22 @@ class Recipe(NamedTuple):
 
     init: Callable[[jax.Array], jax.Array]
     axes: tuple[int | None, ...]
+
+
+def wide(dtype: DTypeLike) -> DTypeLike:
+    """What sums over a dtype are made in: float32, or the dtype itself where it is wider.
+
+    Args:
+      dtype: a floating dtype.
+
+    Returns:
+      A dtype.
+
+    Example:
+      >>> wide(jnp.bfloat16) == jnp.float32
+      True
+    """
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def dims(sizes: Sizes) -> tuple[int, int]:
@@ -262,7 +279,7 @@ def as_matrices(a: jax.Array, b: jax.Array, sizes: Sizes) -> tuple[jax.Array, ja
     """
     inputs, outputs = dims(sizes)
     rank = a.shape[-1]
-    kind = jnp.promote_types(a.dtype, jnp.float32)
+    kind = wide(a.dtype)
     return (
         a.reshape(*sizes.batch, inputs, rank).astype(kind),
         b.reshape(*sizes.batch, rank, outputs).astype(kind),
@@ -284,7 +301,7 @@ def update_of(a: jax.Array, b: jax.Array, scale: float, sizes: Sizes) -> jax.Arr
     n, i, o = (len(part) for part in sizes)
     letters = "abcdefghijklmnopqstuvwxyz"
     batch, ins, outs = letters[:n], letters[n : n + i], letters[n + i : n + i + o]
-    kind = jnp.promote_types(a.dtype, jnp.float32)
+    kind = wide(a.dtype)
     # In the axes of the weight, not as matrices: merging two sharded axes would gather them.
     return jnp.einsum(
         f"{batch}{ins}r,{batch}r{outs}->{batch}{ins}{outs}",
@@ -354,11 +371,11 @@ def column_norms(
       Array([5.], dtype=float32)
     """
     inputs, outputs = dims(sizes)
-    kind = jnp.promote_types(kernel.dtype, jnp.float32)
+    kind = wide(kernel.dtype)
     w = kernel.astype(kind).reshape(*sizes.batch, inputs, outputs)
     square = jnp.sum(w * w, axis=-2)
     if a is not None and b is not None:
-        a, b = as_matrices(a, b, sizes)
+        a, b = (leaf.astype(kind) for leaf in as_matrices(a, b, sizes))
         cross = jnp.sum(jnp.einsum("...ir,...io->...ro", a, w) * b, axis=-2)
         gram = jnp.einsum("...ir,...is->...rs", a, a)
         own = jnp.sum(b * jnp.einsum("...rs,...so->...ro", gram, b), axis=-2)
@@ -380,7 +397,7 @@ def with_update(spec: LowRank, path: str, kernel: jax.Array, leaves: Mapping[str
     """
     sizes = sizes_of(kernel.shape, leaves)
     a, b = both(spec, leaves, sizes)
-    kind = jnp.promote_types(kernel.dtype, jnp.float32)
+    kind = wide(kernel.dtype)
     scale = scale_of(spec, path, a.shape[-1])
     total = kernel.astype(kind) + update_of(a, b, scale, sizes).astype(kind)
     if "lora_magnitude" in leaves:
@@ -412,7 +429,7 @@ def principal_split(
     inputs, outputs = dims(sizes)
     rank = leaves["lora_a"].shape[-1]
     scale = scale_of(spec, path, rank)
-    kind = jnp.promote_types(kernel.dtype, jnp.float32)
+    kind = wide(kernel.dtype)
     w = kernel.astype(kind).reshape(*sizes.batch, inputs, outputs)
     u, singular, v = jnp.linalg.svd(w, full_matrices=False)
     root = jnp.sqrt(singular[..., :rank] / scale)

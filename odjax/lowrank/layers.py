@@ -69,8 +69,8 @@ def product_of(path: str, module: nn.Module, x: jax.Array, einsum_str: str | Non
     axis = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
     letters = "abcdefghijklmnopqrstuvwxyz"
     own, new = letters[: x.ndim], letters[x.ndim : x.ndim + len(features)]
-    contracted = [i % x.ndim for i in axis]
-    batch = [i % x.ndim for i in module.batch_dims]
+    contracted = sorted(i % x.ndim for i in axis)  # Flax orders the axes
+    batch = sorted(i % x.ndim for i in module.batch_dims)
     rest = [i for i in range(x.ndim) if i not in contracted and i not in batch]
     names = ["".join(own[i] for i in part) for part in (batch, contracted, rest)]
     return Product(own, names[0], names[1], new, names[0] + names[2] + new)

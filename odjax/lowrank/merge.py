@@ -12,6 +12,7 @@ from flax.core.meta import AxisMetadata
 from jax.typing import DTypeLike
 
 from odjax.core import fold_path
+from odjax.core.paths import is_box
 from odjax.lowrank.adapt import Adapted
 from odjax.lowrank.factors import (
     LEAVES,
@@ -21,6 +22,7 @@ from odjax.lowrank.factors import (
     sizes_of,
     truncated,
     update_of,
+    wide,
     with_update,
 )
 from odjax.lowrank.methods import LowRank, scale_of
@@ -114,7 +116,7 @@ def unmerge(model: Adapted | LowRank, merged: Any, params: Any) -> Any:
     def taken(path: str, kernel: jax.Array, leaves: Leaves) -> tuple[jax.Array, Leaves]:
         sizes = sizes_of(kernel.shape, leaves)
         a, b = both(spec, leaves, sizes)
-        kind = jnp.promote_types(kernel.dtype, jnp.float32)
+        kind = wide(kernel.dtype)
         update = update_of(a, b, scale_of(spec, path, a.shape[-1]), sizes)
         return (kernel.astype(kind) - update.astype(kind)).astype(kernel.dtype), leaves
 
@@ -144,7 +146,7 @@ def init_factors(model: Adapted, params: Any, key: jax.Array, *args: Any, **kwar
       **kwargs: further arguments of the call.
 
     Returns:
-      The parameters with the leaves of the method added.
+      The parameters with the leaves of the method added; these have axis names if the given ones do.
 
     Raises:
       ValueError: `where` selects nothing, a rank is too large, or a layer cannot be adapted.
@@ -161,7 +163,9 @@ def init_factors(model: Adapted, params: Any, key: jax.Array, *args: Any, **kwar
         _, new = model.apply(variables, *args, rngs={"params": key}, mutable=True, **kwargs)
         return new["params"]
 
-    return start_from(model, jax.jit(grown)(params, key))
+    new = jax.jit(grown)(params, key)
+    boxed = any(is_box(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_box))
+    return start_from(model, new if boxed else nn.unbox(new))
 
 
 def start_from(model: Adapted | LowRank, params: Any) -> Any:

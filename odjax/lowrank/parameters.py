@@ -2,8 +2,8 @@
 
 `materialize(free, frozen)` gives ordinary parameters for any `apply`. The price is memory: differentiating
 through it forms the gradient of every adapted weight in full and only then projects it onto the factors, and
-under a scan over layers these gradients are stacked. With m x n weights in L layers that is L m n numbers on top
-of the weights, as much as training them; only the optimizer's state is small. For Linen models use
+under a scan over layers these gradients are stacked. With m x n weights in L layers that is L m n numbers on
+top of the weights, as much as training them; only the optimizer's state is small. For Linen models use
 `odjax.lowrank.adapt`, which never forms them.
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from odjax.core import Where, check_key, fold_path, leaves_with_paths, map_with_path, select
 from odjax.lowrank.factors import Sizes, recipes, redrawn, with_update
@@ -68,8 +67,8 @@ def parameter_adapter(
       The adapter.
 
     Raises:
-      ValueError: a setting that is not possible; at `init`, when `where` selects nothing or a leaf is no matrix;
-        in `materialize` and `advance`, when the factors are not those of the parameters.
+      ValueError: a setting that is not possible; at `init`, when `where` selects nothing or a leaf is no
+        matrix; in `materialize` and `advance`, when the factors are not those of the parameters.
 
     Source: Malinovsky et al. 2024, "RAC-LoRA", algorithm 1.
 
