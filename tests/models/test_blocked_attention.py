@@ -13,6 +13,9 @@ from odjax.models.blocked_attention import blocked_attention
 from . import golden
 
 
+compiled = jax.jit(blocked_attention, static_argnames=("is_causal", "blocks"))
+
+
 def heads(kv_heads=2, length=8, keys=8):
     rng = np.random.default_rng(0)
     shapes = ((2, length, 4, 6), (2, keys, kv_heads, 6), (2, keys, kv_heads, 6))
@@ -27,7 +30,7 @@ def as_float32(arrays):
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8])
 def test_causal_blocks_follow_the_equation(blocks, kv_heads):
     with jax.enable_x64(True):
-        y = blocked_attention(*map(jnp.asarray, heads(kv_heads)), is_causal=True, blocks=blocks)
+        y = compiled(*map(jnp.asarray, heads(kv_heads)), is_causal=True, blocks=blocks)
         expected = golden.attention(*heads(kv_heads), np.tril(np.ones((8, 8), bool)))
         np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
 
@@ -36,7 +39,7 @@ def test_causal_blocks_follow_the_equation(blocks, kv_heads):
 def test_segments_are_kept_apart(cut, blocks):
     ids = jnp.broadcast_to(jnp.arange(8) >= cut, (2, 8))
     same = (ids[:, :, None] == ids[:, None])[:, None]
-    y = blocked_attention(*as_float32(heads()), mask=same, is_causal=True, blocks=blocks)
+    y = compiled(*as_float32(heads()), mask=same, is_causal=True, blocks=blocks)
     causal = np.tril(np.ones((8, 8), bool)) & np.asarray(same[:, 0])
     np.testing.assert_allclose(y, golden.attention(*heads(), causal), rtol=1e-4, atol=1e-5)
 
@@ -44,17 +47,17 @@ def test_segments_are_kept_apart(cut, blocks):
 def test_other_lengths_and_masks_fall_back_to_one_block():
     q, k, v = heads(length=5, keys=7)
     mask = np.arange(7) < 4
-    y = blocked_attention(*as_float32((q, k, v)), mask=jnp.asarray(mask)[None, None, None])
+    y = compiled(*as_float32((q, k, v)), mask=jnp.asarray(mask)[None, None, None])
     np.testing.assert_allclose(y, golden.attention(q, k, v, mask), rtol=1e-4, atol=1e-5)
     q, k, v = heads(length=7, keys=7)
-    y = blocked_attention(*as_float32((q, k, v)), is_causal=True)
+    y = compiled(*as_float32((q, k, v)), is_causal=True)
     causal = np.tril(np.ones((7, 7), bool))
     np.testing.assert_allclose(y, golden.attention(q, k, v, causal), rtol=1e-4, atol=1e-5)
 
 
 def test_large_scores_do_not_overflow():
     q, k, v = as_float32(heads())
-    y = blocked_attention(1e4 * q, k, v, is_causal=True)
+    y = compiled(1e4 * q, k, v, is_causal=True)
     assert np.isfinite(y).all()
 
 
