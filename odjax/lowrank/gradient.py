@@ -361,7 +361,8 @@ def rac_lora(
         )
 
     def init(params: Any) -> RacLoraState:
-        count, data = jnp.zeros([], jnp.int32), jax.random.key_data(key)
+        # A copy: a loop that donates the state must not take the caller's key with it.
+        count, data = jnp.zeros([], jnp.int32), jnp.array(jax.random.key_data(key), copy=True)
         if not jax.tree.leaves(params):  # a placeholder of optax.tree.map_params
             return RacLoraState(count, data, inner.init(params), inner.init(params))
         leaves = plan(params)

@@ -595,6 +595,16 @@ def test_a_missing_or_legacy_key_and_a_non_transform_are_type_errors():
         rac_lora(optax.sgd, 2, 3, key=KEY)
 
 
+def test_donating_the_state_leaves_the_callers_key_alone():
+    key = jax.random.key(5)
+    tx = rac_lora(optax.trace(0.9), 2, 3, key=key)
+    update = jax.jit(tx.update, donate_argnums=1)
+    first, _ = update(W, tx.init(W))
+    again, _ = update(W, tx.init(W))
+    np.testing.assert_array_equal(first["w"], again["w"])
+    assert not jax.random.key_data(key).is_deleted()
+
+
 def test_clip_rank_lowers_the_rank_of_a_small_leaf_only():
     params = {"a": jnp.ones((6, 4)), "b": jnp.ones((6, 2))}
     state = rac_lora(optax.trace(0.9), 3, 3, key=KEY, clip_rank=True).init(params)
