@@ -12,7 +12,6 @@ from odjax.models.blocked_attention import blocked_attention
 
 from . import golden
 
-
 compiled = jax.jit(blocked_attention, static_argnames=("is_causal", "blocks"))
 
 
