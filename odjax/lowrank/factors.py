@@ -301,7 +301,7 @@ def update_of(a: jax.Array, b: jax.Array, scale: float, sizes: Sizes) -> jax.Arr
     n, i, o = (len(part) for part in sizes)
     letters = "abcdefghijklmnopqstuvwxyz"
     batch, ins, outs = letters[:n], letters[n : n + i], letters[n + i : n + i + o]
-    kind = wide(a.dtype)
+    kind = wide(max(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize))
     # In the axes of the weight, not as matrices: merging two sharded axes would gather them.
     return jnp.einsum(
         f"{batch}{ins}r,{batch}r{outs}->{batch}{ins}{outs}",
