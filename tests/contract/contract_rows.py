@@ -28,6 +28,7 @@ class Row(NamedTuple):
             edit -> (Edit, `where` of the leaves that it may touch)
             statistic -> (Statistic, batch(key, n) -> arguments of `observe` with n rows)
             module -> (nn.Module, arguments of its call)
+            adapter -> (adapted nn.Module, arguments of its call)
             function -> (function of arrays, arguments)
         label: tells several rows of one api apart.
     """
@@ -110,6 +111,8 @@ def _gumbel():
     return lambda s: gumbel_top_k_mask(KEY, s, 37), (jax.random.normal(KEY, (16, 8)),)
 
 
+LOW_RANK = ("lora", "rslora", "rac", "asym", "lora_fa", "cola", "relora", "dora", "pissa", "dylora")
+
 TOKENS = jnp.arange(1, 9, dtype=jnp.int32).reshape(2, 4)
 SMALL = {"layers": 2, "width": 16, "heads": 4, "mlp_width": 24}
 
@@ -152,9 +155,35 @@ def _mlp(**options: Any) -> Callable[[], Any]:
     return build
 
 
+def _rac_lora(**options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax.lowrank import rac_lora
+
+        inner = lenient(optax.chain(optax.scale_by_adam(), optax.scale(-0.1)))
+        return rac_lora(inner, 2, 2, key=KEY, **options)
+
+    return build
+
+
+def _adapt(method: str) -> Callable[[], Any]:
+    def build():
+        from odjax.lowrank.adapt import adapt
+        from odjax.models import decoder
+
+        model = decoder("tiny", vocab=16, **SMALL, kv_heads=2, head_dim=4, max_length=8)
+        return adapt(model, rank=2, method=method, where="layers/.*/kernel"), (TOKENS,)
+
+    return build
+
+
 ROWS: tuple[Row, ...] = (
     Row("odjax.core.edits.as_transform", "transform", _edited(optax.sgd(0.1, momentum=0.9)), "momentum"),
     Row("odjax.core.edits.as_transform", "transform", _edited(optax.adamw(0.1)), "adamw"),
+    Row("odjax.lowrank.gradient.rac_lora", "transform", _rac_lora()),
+    Row(
+        "odjax.lowrank.gradient.rac_lora", "transform", _rac_lora(side="left", law="coordinate"), "coordinate"
+    ),
+    *(Row("odjax.lowrank.adapt.adapt", "adapter", _adapt(method), method) for method in LOW_RANK),
     Row("odjax.continual.shrink_perturb.shrink_perturb", "edit", _shrink_perturb()),
     Row("odjax.continual.shrink_perturb.shrink_perturb", "edit", _shrink_perturb(where="body/.*"), "where"),
     Row("odjax.core.statistics.moments", "statistic", _moments()),

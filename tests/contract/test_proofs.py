@@ -7,7 +7,7 @@ import pytest
 from odjax.registry import METHODS
 from odjax_train.proofs import Claim, Proof, load_proof, record, recorded_results, run_proof
 
-PROVED = [method.slug for method in METHODS if method.proof]
+PROVED = [proof for method in METHODS for proof in method.proofs]
 
 
 @pytest.fixture(scope="module", params=PROVED)
@@ -60,9 +60,9 @@ def test_recording_replaces_one_method_and_keeps_the_others(tmp_path):
 def test_a_slug_without_a_proof_is_an_error_that_says_so(monkeypatch):
     with pytest.raises(ValueError, match="there is no method 'gumble-top-k'; the closest are 'gumbel-top-k'"):
         load_proof("gumble-top-k")
-    unproved = METHODS[0]._replace(slug="unproved", proof=False)
+    unproved = METHODS[0]._replace(slug="unproved", proofs=())
     monkeypatch.setattr("odjax.registry.METHODS", (*METHODS, unproved))
-    with pytest.raises(ValueError, match="unproved has no proof yet; those that have one: chan-moments"):
+    with pytest.raises(ValueError, match="unproved has no proof yet; there are proofs of chan-moments"):
         load_proof("unproved")
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from odjax.registry import METHODS, find
+from odjax.registry import METHODS
 from odjax_train import run_folder
 from odjax_train.errors import UserError
-from odjax_train.proofs import recorded_results, run_proof
+from odjax_train.proofs import load_proof, recorded_results, run_proof
 
 
 def table() -> str:
@@ -19,8 +19,8 @@ def table() -> str:
         shown.add_column(title, overflow="fold")
     for method in METHODS:
         paper = method.paper
-        result = results.get(method.slug)
-        status = "none yet" if result is None else _status(result)
+        found = [f"{_status(results[proof])}" for proof in method.proofs if proof in results]
+        status = "\n".join(found) or "none yet"
         shown.add_row(
             method.slug,
             method.kind,
@@ -54,16 +54,18 @@ def prove(slug: str, folder: Path | None, *, quick: bool, seed: int) -> tuple[bo
     Raises:
         UserError: when there is no such method.
     """
-    try:
-        method = find(slug)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    method = next((m for m in METHODS if slug in m.proofs), None)
+    if method is None:
+        try:
+            load_proof(slug)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     folder = folder or Path("runs") / "proofs" / slug
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written: {error.strerror or error}") from error
-    proof = run_proof(method.slug, folder, quick=quick, seed=seed)
+    proof = run_proof(slug, folder, quick=quick, seed=seed)
     text = f"{method.name} ({method.paper.authors} {method.paper.year})\n" + str(proof)
     run_folder.write_text(folder / "proof.txt", text + "\n")
     return proof.holds, f"{text}\nwritten to {folder}"

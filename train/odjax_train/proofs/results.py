@@ -17,10 +17,10 @@ RESULTS = Path(__file__).with_name("results.json")
 
 
 def load_proof(slug: str) -> Callable[..., Proof]:
-    """The proof of a method.
+    """A proof of a method.
 
     Args:
-        slug: the method.
+        slug: one of the `proofs` of a method.
 
     Returns:
         `prove(folder, *, quick, seed) -> Proof`.
@@ -28,10 +28,10 @@ def load_proof(slug: str) -> Callable[..., Proof]:
     Raises:
         ValueError: there is no such method (the closest are named), or it has no proof yet.
     """
-    method = find(slug)
-    if not method.proof:
-        known = ", ".join(m.slug for m in METHODS if m.proof)
-        raise ValueError(f"{slug} has no proof yet; those that have one: {known}")
+    known = [proof for method in METHODS for proof in method.proofs]
+    if slug not in known:
+        find(slug)
+        raise ValueError(f"{slug} has no proof yet; there are proofs of {', '.join(known)}")
     return importlib.import_module(f"odjax_train.proofs.{slug.replace('-', '_')}").prove
 
 
