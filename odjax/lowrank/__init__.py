@@ -1,5 +1,15 @@
-"""Low-rank adaptation: chains of random low-rank updates as an optimizer of ordinary parameters."""
+"""Low-rank adaptation, two ways: adapters of a model, and an optimizer of its ordinary parameters.
 
+`rac_lora` is a gradient transform: a chain of random low-rank updates of a tree of parameters. `adapt` gives
+a model with trained factors beside its frozen weights, `merge` puts them into the weights.
+"""
+
+from odjax.lowrank.adapt import Adapted as Adapted
+from odjax.lowrank.adapt import adapt as adapt
+from odjax.lowrank.chain import jagged_cosine as jagged_cosine
+from odjax.lowrank.chain import next_block as next_block
+from odjax.lowrank.chain import prune_moments as prune_moments
+from odjax.lowrank.chain import restart as restart
 from odjax.lowrank.gradient import RacLoraState as RacLoraState
 from odjax.lowrank.gradient import average_over as average_over
 from odjax.lowrank.gradient import rac_lora as rac_lora
@@ -8,6 +18,13 @@ from odjax.lowrank.matrices import MatrixView as MatrixView
 from odjax.lowrank.matrices import from_matrices as from_matrices
 from odjax.lowrank.matrices import to_matrices as to_matrices
 from odjax.lowrank.matrices import view_of as view_of
+from odjax.lowrank.merge import init_factors as init_factors
+from odjax.lowrank.merge import merge as merge
+from odjax.lowrank.merge import start_from as start_from
+from odjax.lowrank.merge import unmerge as unmerge
+from odjax.lowrank.methods import LowRank as LowRank
+from odjax.lowrank.parameters import ParameterAdapter as ParameterAdapter
+from odjax.lowrank.parameters import parameter_adapter as parameter_adapter
 from odjax.lowrank.sketches import LAWS as LAWS
 from odjax.lowrank.sketches import Bernoulli as Bernoulli
 from odjax.lowrank.sketches import lift as lift
