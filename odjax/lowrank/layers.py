@@ -26,7 +26,14 @@ class Product(NamedTuple):
 
 
 def axis_names(module: nn.Module) -> tuple[str | None, ...] | None:
-    """The logical axis names of a module's weight, from its initializer."""
+    """The logical axis names of a module's weight, from its initializer.
+
+    Args:
+      module: a layer, bound to its scope.
+
+    Returns:
+      One name an axis, or None where the initializer gives none.
+    """
     if isinstance(module, nn.Embed):
         init, shape = module.embedding_init, (module.num_embeddings, module.features)
     else:
@@ -40,6 +47,20 @@ def axis_names(module: nn.Module) -> tuple[str | None, ...] | None:
 
 
 def conv_sizes(path: str, spec: LowRank, module: nn.Conv, weight: jax.Array) -> Sizes:
+    """The kinds of the axes of a convolution's kernel: window and channels are inputs, features outputs.
+
+    Args:
+      path: of the kernel.
+      spec: the method.
+      module: the convolution.
+      weight: its kernel [window..., channels, features].
+
+    Returns:
+      The sizes.
+
+    Raises:
+      ValueError: a grouped or masked convolution, or a method that adapts linear layers only.
+    """
     if module.feature_group_count != 1:
         raise ValueError(
             f"{path!r} belongs to a convolution of {module.feature_group_count} groups, whose kernel is no "
@@ -55,12 +76,34 @@ def conv_sizes(path: str, spec: LowRank, module: nn.Conv, weight: jax.Array) -> 
 
 
 def product_sizes(product: Product, weight: jax.Array) -> Sizes:
+    """The kinds of the axes of a linear layer's kernel.
+
+    Args:
+      product: the layer.
+      weight: its kernel.
+
+    Returns:
+      The sizes.
+    """
     n, i = len(product.batch), len(product.contracted)
     return Sizes(weight.shape[:n], weight.shape[n : n + i], weight.shape[n + i :])
 
 
 def product_of(path: str, module: nn.Module, x: jax.Array, einsum_str: str | None = None) -> Product:
-    """The einsum of a linear layer."""
+    """A linear layer as an einsum.
+
+    Args:
+      path: of the kernel.
+      module: an `nn.Dense`, `nn.DenseGeneral` or `nn.Einsum`.
+      x: its input.
+      einsum_str: the equation, where an `nn.Einsum` is given it in the call.
+
+    Returns:
+      The product.
+
+    Raises:
+      ValueError: an equation whose kernel is not laid out [batch..., inputs..., outputs...].
+    """
     if isinstance(module, nn.Dense):
         return Product("...i", "", "i", "o", "...o")
     if isinstance(module, nn.Einsum):
@@ -97,7 +140,16 @@ def _einsum_product(path: str, equation: str) -> Product:
 
 
 def spread_bias(bias: jax.Array, product: Product, y: jax.Array) -> jax.Array:
-    """A bias in the layout of the output."""
+    """A bias in the layout of a layer's output.
+
+    Args:
+      bias: [batch..., outputs...], in the order of the output's axes for an einsum.
+      product: the layer.
+      y: its output.
+
+    Returns:
+      Shaped like `y`.
+    """
     letters = "".join(c for c in product.outputs if c in product.batch + product.free)
     if product.batch and not product.outputs.startswith(product.batch):
         letters = product.batch + product.free

@@ -73,6 +73,7 @@ def parameter_adapter(
     Source: Malinovsky et al. 2024, "RAC-LoRA", algorithm 1.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> adapter = parameter_adapter("rac", rank=2, where="w")
       >>> params = {"w": jnp.ones((8, 4)), "b": jnp.zeros(4)}
       >>> free, frozen = adapter.init(jax.random.key(0), params)
