@@ -1,7 +1,7 @@
-"""A Llama-2-7B-sized language model, for a pod.
+r"""A Llama-2-7B-sized language model, for a pod.
 
-    odjax train configs/lm_7b.py --source 'arrayrecord:/data/text-*.array_record' --tokenizer tokenizer.json
-    --mesh 1,256,1
+    odjax train configs/lm_7b.py --source 'arrayrecord:/data/text-*.array_record' \
+      --tokenizer tokenizer.json --mesh 1,256,1
 
 In float32 the parameters and Adam's moments take 81 GB: over 256 chips 0.3 GB each, before activations.
 """

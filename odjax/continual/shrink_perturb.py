@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from odjax.core.edits import Edit
 from odjax.core.keys import fold_path, keys_like
 from odjax.core.optimizer_state import reset_moments
-from odjax.core.paths import Where, map_with_path, select
+from odjax.core.paths import Where, is_box, map_with_path, select
+from odjax.core.trees import unbox
 
 
 def shrink_perturb(
@@ -38,13 +39,12 @@ def shrink_perturb(
 
       theta_i <- shrink * theta_i + p_i,
 
-    where p_i ~ N(0, scale^2), or p = scale * fresh(key) when `fresh` is given: a
-    newly initialised network, whose noise has the layers' own scale.
+    where p_i ~ N(0, scale^2), or p = scale * fresh(key) when `fresh` is given: a newly initialised network,
+    whose noise has the layers' own scale.
 
     Promises: `shrink=1, scale=0` returns every parameter bit for bit; a leaf that is not selected is never
-      touched;
-    the noise of a leaf depends on the key, the step and the path of the leaf alone; the arithmetic is float32
-    (float64 for float64 parameters) and rounds once to the parameter's dtype.
+    touched; the noise of a leaf depends on the key, the step and the path of the leaf alone; the arithmetic
+    is float32 (float64 for float64 parameters) and rounds once to the parameter's dtype.
 
     Args:
       every: the cadence in updates; the number of updates that are made on one stage of the data.
@@ -52,7 +52,8 @@ def shrink_perturb(
       scale: the standard deviation of the noise, or the factor of the fresh network; at least 0.
       where: which parameters; those that are not floats must not be among them.
       fresh: `fresh(key) -> params`, the initialisation of the model, for example
-        `lambda key: model.init(key, x)["params"]`. None: normal noise.
+        `lambda key: model.init(key, x)["params"]`; boxes are opened where `params` has none. None: normal
+        noise.
       reset: set the optimizer's moments of the selected parameters to zero.
       name: the edit's name, which its randomness depends on.
       start: the first update number after which it may happen; None for no limit.
@@ -86,6 +87,8 @@ def shrink_perturb(
             noise = keys_like(key, params)
         else:
             noise = fresh(fold_path(key, "fresh"))
+            if not any(is_box(node) for node in jax.tree.leaves(params, is_leaf=is_box)):
+                noise = unbox(noise)
             if jax.tree.structure(noise) != jax.tree.structure(params):
                 raise ValueError("fresh(key) must return parameters with the structure of those in training")
 

@@ -94,10 +94,9 @@ def segment_mask(query: jax.Array, key: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     """Multi-head attention, of a sequence to itself or to another one.
 
-    Parameters: `q/kernel` [width, heads, head_dim], `k/kernel` and `v/kernel` [source width, kv_heads,
-        head_dim],
-    `o/kernel` [heads, head_dim, width], biases `[heads, head_dim]` and `[width]` if asked for, `q_norm/scale`
-    and `k_norm/scale` [head_dim] if asked for.
+    Parameters: `q/kernel` [width, heads, head_dim], `k/kernel` and `v/kernel`
+    [source width, kv_heads, head_dim], `o/kernel` [heads, head_dim, width], biases `[heads, head_dim]` and
+    `[width]` if asked for, `q_norm/scale` and `k_norm/scale` [head_dim] if asked for.
 
     Attributes:
         heads: query heads.

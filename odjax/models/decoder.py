@@ -72,9 +72,8 @@ class Decoder(nn.Module):
     """Decoder-only Transformer language model.
 
     Parameters: `embed/embedding` [vocab, width]; `layers/...` with a first axis of `layers`
-        (`attn_norm/scale`,
-    `attn/(q|k|v|o)/kernel`, `mlp_norm/scale`, `mlp/(gate|up|down)/kernel`); `norm/scale`; `lm_head/kernel`
-    [width, vocab] if not tied.
+    (`attn_norm/scale`, `attn/(q|k|v|o)/kernel`, `mlp_norm/scale`, `mlp/(gate|up|down)/kernel`); `norm/scale`;
+    `lm_head/kernel` [width, vocab] if not tied.
 
     Attributes:
         vocab: token types.

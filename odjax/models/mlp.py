@@ -18,8 +18,7 @@ class MLP(nn.Module):
     """Dense layers with an activation between them; the input is flattened.
 
     Parameters: `dense_i/kernel` and `dense_i/bias`. Hidden layers alternate between splitting their outputs
-        and
-    their inputs over the tensor axis, so that two layers need one reduction.
+    and their inputs over the tensor axis, so that two layers need one reduction.
 
     Attributes:
         features: widths of the layers, the last one without activation (logits).

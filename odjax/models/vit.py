@@ -88,9 +88,8 @@ class ViTLayer(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer: images to class logits, or to features without classes.
 
-    Parameters: `patch/(kernel|bias)`, `cls` [1, width], `registers` [registers, width], `positions` [1 +
-        patches,
-    width] (the class token's first), `layers/...` with a first axis of `layers` (`attn_norm`,
+    Parameters: `patch/(kernel|bias)`, `cls` [1, width], `registers` [registers, width], `positions`
+    [1 + patches, width] (the class token's first), `layers/...` with a first axis of `layers` (`attn_norm`,
     `attn/(q|k|v|o)`, `attn_scale`, `mlp_norm`, `mlp/(up|down)` or `mlp/(gate|up|down)`, `mlp_scale`), `norm`,
     `head`.
 

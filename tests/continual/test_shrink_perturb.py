@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from odjax.continual.shrink_perturb import shrink_perturb
 from odjax.core.edits import run_edit
 from odjax.core.keys import fold_path, fold_step
+from odjax.core.trees import unbox
+from odjax.models import MLP
 
 KEY = jax.random.key(0)
 PARAMS = {
@@ -69,6 +71,21 @@ def test_a_fresh_network_is_scaled_and_added():
     np.testing.assert_array_equal(params["head"], np.full((4, 2), 1.0))
     same = run(shrink=1.0, scale=0.0, fresh=init)[0]
     jax.tree.map(np.testing.assert_array_equal, same, PARAMS)
+
+
+@pytest.mark.parametrize("trained", [unbox, lambda params: params], ids=["plain", "boxed"])
+def test_a_fresh_network_may_have_the_boxes_that_init_gives_it(trained):
+    model, x = MLP((3, 2)), jnp.ones((1, 4))
+
+    def init(key):
+        return model.init(key, x)["params"]
+
+    params = trained(init(jax.random.key(1)))
+    moved, _ = run(params, shrink=0.5, scale=0.25, fresh=init)
+    assert jax.tree.structure(moved) == jax.tree.structure(params)
+    noise = unbox(init(fold_path(fold_step(fold_path(KEY, "shrink-perturb"), 10), "fresh")))
+    expected = jax.tree.map(lambda p, n: 0.5 * p + 0.25 * n, unbox(params), noise)
+    jax.tree.map(np.testing.assert_array_equal, unbox(moved), expected)
 
 
 def test_the_moments_of_the_selected_parameters_are_reset_and_only_those():

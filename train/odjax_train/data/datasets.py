@@ -77,8 +77,7 @@ class Text:
         if tokens < self.length:
             raise UserError(
                 f"data source {self.source!r}: length {self.length} is longer than its whole text of "
-                f"{tokens} tokens; use "
-                "a shorter length"
+                f"{tokens} tokens; use a shorter length"
             )
         packed = self._packed(corpus, seed)
         return Examples(packed.read, len(packed), seed=seed, fingerprint=self._fingerprint(corpus))
@@ -145,8 +144,7 @@ class Text:
             if ids.size and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab:
                 raise UserError(
                     f"data source {spec!r}: record {number} has token ids from {ids.min()} to {ids.max()}, "
-                    "the tokenizer "
-                    f"{self.tokenizer.name} has 0 to {self.tokenizer.vocab - 1}"
+                    f"the tokenizer {self.tokenizer.name} has 0 to {self.tokenizer.vocab - 1}"
                 )
             yield ids
 
@@ -272,10 +270,9 @@ class Pairs:
     """Sentences and their translations, line by line.
 
     Examples hold `source` (int32 `[length]`), `source_mask` (bool `[length]`, true on tokens), `tokens` (the
-    decoder's
-    input: a separator, then the target), `targets` (the target, then a separator) (int32 `[length]`) and
-    `weights` (float32 `[length]`, 1 on targets). What does not fit is cut off, and `describe` says how often;
-    a pair with an empty side is left out.
+    decoder's input: a separator, then the target), `targets` (the target, then a separator) (int32
+    `[length]`) and `weights` (float32 `[length]`, 1 on targets). What does not fit is cut off, and `describe`
+    says how often; a pair with an empty side is left out.
 
     Args:
         source: `"text:<file>"`, one sentence a line, `.gz` too.

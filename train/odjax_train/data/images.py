@@ -167,6 +167,5 @@ def _check_labels(spec: str, rows: np.ndarray, labels: np.ndarray, classes: int)
         place = wrong[0]
         raise UserError(
             f"data source {spec!r}: example {int(rows[place])} has label {labels[place]}, outside the "
-            "classes 0 to "
-            f"{classes - 1}"
+            f"classes 0 to {classes - 1}"
         )

@@ -86,14 +86,13 @@ class Decoded:
             record = self.decode(data)
         except Exception as error:  # whatever a decoder meets in foreign bytes
             raise UserError(
-                f"data source {self.spec!r}: record {index} cannot be decoded: {error}; for raw text write "
-                "arrayrecord+text:"
+                f"data source {self.spec!r}: record {index} cannot be decoded: {error}; for raw text "
+                "write arrayrecord+text:"
             ) from error
         if not isinstance(record, dict):
             raise UserError(
                 f"data source {self.spec!r}: record {index} is a {type(record).__name__}, not a map; for raw "
-                "text write "
-                "arrayrecord+text:"
+                "text write arrayrecord+text:"
             )
         return record
 
@@ -156,9 +155,8 @@ def open_tfds(spec: str, what: str, split: str, held_out: float | None) -> Sourc
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"data source {spec!r}: not prepared under {builder.data_dir} and preparing it failed "
-            f"({reason}); run "
-            f"`tfds build {name} --file_format=array_record` where TensorFlow is installed and copy the "
-            "folder here"
+            f"({reason}); run `tfds build {name} --file_format=array_record` where TensorFlow is installed "
+            "and copy the folder here"
         ) from error
     known = set(builder.info.splits)
     if only:
@@ -177,8 +175,7 @@ def _tfds_records(spec: str, builder: Any, split: str) -> Source:
     except NotImplementedError as error:
         raise UserError(
             f"data source {spec!r}: the data set under {builder.data_dir} was not prepared as array_record; "
-            "delete it or "
-            "set TFDS_DATA_DIR to another folder"
+            "delete it or set TFDS_DATA_DIR to another folder"
         ) from error
     except (ValueError, KeyError) as error:
         known = ", ".join(builder.info.splits)

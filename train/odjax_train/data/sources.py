@@ -226,8 +226,7 @@ def _npz_split(spec: str, file: "np.lib.npyio.NpzFile", split: str, held_out: fl
         return split_arrays(spec, read(""), split, held_out or 0.1)
     raise UserError(
         f"data source {spec!r}: needs the arrays x_train, y_train, x_test, y_test, or x, y, or jpeg_s, "
-        "offset_s, y_s for s "
-        f"in train, test; it holds {', '.join(sorted(keys)) or 'nothing'}"
+        f"offset_s, y_s for s in train, test; it holds {', '.join(sorted(keys)) or 'nothing'}"
     )
 
 
