@@ -5,6 +5,7 @@ import gc
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,6 +84,30 @@ def test_the_newest_and_the_best_are_kept(tmp_path, at):
     assert checkpoints.steps() == [2, 4, 5]
     assert checkpoints.best() == 2
     checkpoints.close()
+
+
+def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, at):
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=1)
+    for step, loss in enumerate([1.0, float("nan")], 1):
+        checkpoints.save(at(step), {}, {"loss": loss})
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.best() == 1
+    checkpoints.close()
+
+
+def test_random_keys_in_the_optimizer_state_are_stored(tmp_path, images, program_of):
+    noisy = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.sgd(0.1))
+    program = program_of(images(optimizer=noisy), 1, 1, 1)
+    with program.context():
+        state = program.init()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, {})
+    checkpoints.close()
+    restored, warnings = read(tmp_path, program)
+    assert not warnings
+    before, after = (jax.random.key_data(s.opt_state[0].rng_key) for s in (state, restored.state))
+    assert np.array_equal(before, after)
 
 
 def test_the_best_loss_is_the_smallest(tmp_path, at):
@@ -234,6 +259,8 @@ def test_exchanged_elements_change_the_fingerprint_and_the_layout_does_not():
         assert jax.jit(fingerprints)([sharded])[0] == reference
     assert fingerprints([array[::-1]])[0] != reference
     assert fingerprints([array[:, ::-1]])[0] != reference
+    assert fingerprints([-array])[0] != reference
+    assert fingerprints([jnp.array([1.5, -1.5])])[0] != fingerprints([jnp.array([-1.5, 1.5])])[0]
 
 
 def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(tmp_path, at, monkeypatch):

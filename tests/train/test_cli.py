@@ -193,16 +193,50 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(odjax, train
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(odjax, trained, tmp_path):
-    config, _ = trained
+    config, run = trained
+    copy = tmp_path / "diverging.py"
+    # The rate explodes after the checkpoint of step 2.
+    copy.write_text(
+        config.read_text().replace("optax.adam(rate)", "optax.adam(lambda step: rate * 1e33 ** (step > 1))")
+    )
     run = tmp_path / "run"
-    status, out, _ = odjax("train", config, "--run", run, "--rate", 1e30, "--steps", 9)
+    status, out, _ = odjax("train", copy, "--run", run, "--steps", 9, "--every", 2)
     assert status == cli.DIVERGED
-    assert "diverged at step" in out
-    assert "of the data order (seed 0)" in out
-    assert "checkpoint" in out
-    good = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     step = int(out.split("diverged at step ")[1].split(":")[0])
-    assert all(kept < step for kept in good)
+    assert f"on batch {step - 1} of the data order (seed 0" in out
+    assert "the last good checkpoint is of step 2" in out
+    assert max(int(path.name) for path in (run / "checkpoints").iterdir()) == 2
+    assert odjax("eval", run, "--step", 2)[0] == 0
+
+
+def test_a_run_of_no_steps_leaves_a_checkpoint_of_the_start(odjax, trained, tmp_path):
+    config, _ = trained
+    assert odjax("train", config, "--run", tmp_path / "run", "--steps", 0)[0] == 0
+    assert odjax("eval", tmp_path / "run", "--json")[0] == 0
+
+
+def test_more_labels_than_outputs_are_refused_before_training(odjax, tmp_path):
+    config = tmp_path / "few.py"
+    config.write_text(
+        """
+from __future__ import annotations
+from typing import Literal
+import optax
+from odjax.models import MLP
+from odjax_train import Experiment, classification
+from odjax_train.data import Images
+
+def experiment(kind: Literal["a", "b"] = "a") -> Experiment:
+    return Experiment(model=MLP(features=(8, 5)), task=classification(), data=Images(source="digits"),
+                      optimizer=optax.adam(1e-3), steps=2, batch=8)
+"""
+    )
+    status, _, err = odjax("train", config, "--run", tmp_path / "run")
+    assert (status, err) == (cli.MISTAKE, "odjax: the model has 5 outputs, the data 10 labels\n")
+    config.write_text("def experiment(mesh: str = 'x'):\n    return None\n")
+    status, _, err = odjax("train", config)
+    assert status == cli.MISTAKE
+    assert "an argument 'mesh', which is a flag of odjax train" in err
 
 
 def test_labels_outside_the_classes_name_the_example(odjax, tmp_path):

@@ -85,17 +85,17 @@ def test_a_folder_takes_its_own_run_back_and_refuses_another(config_file, tmp_pa
     path = config_file()
     folder = tmp_path / "run"
     config = load(path)
-    assert not run_folder.claim(folder, config, {"steps": 6}, write=True)
-    assert run_folder.claim(folder, config, {}, write=True)
+    assert not run_folder.claim(folder, config, {"steps": 6})
+    assert run_folder.claim(folder, config, {})
     before = (folder / "run.json").read_bytes()
     with pytest.raises(
         UserError, match=r"different experiment \(batch: 8 there, 16 now; steps: 6 there, 7 now\)"
     ):
-        run_folder.claim(folder, load(path, {"steps": 7, "batch": 16}), {}, write=True)
+        run_folder.claim(folder, load(path, {"steps": 7, "batch": 16}), {})
     changed = path.read_text().replace("A small model.", "A changed model.", 1)
     path.write_text(changed)
     with pytest.raises(UserError, match=r"the text of small.py has changed from line 1"):
-        run_folder.claim(folder, load(path), {}, write=True)
+        run_folder.claim(folder, load(path), {})
     assert (folder / "run.json").read_bytes() == before
     assert json.loads(before)["arguments"]["steps"] == 6
 

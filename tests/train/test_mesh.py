@@ -82,7 +82,9 @@ def test_optimizer_state_is_laid_out_like_the_parameter_it_belongs_to():
     for optimizer in (optax.adamw(1e-3), optax.chain(optax.clip(1.0), optax.sgd(1e-2, momentum=0.9))):
         state = jax.eval_shape(optimizer.init, params)
         found = like_parameters(state, params, shardings, mesh)
-        for tree in optax.tree.get_all_with_path(found, "mu") + optax.tree.get_all_with_path(found, "trace"):
+        moments = optax.tree.get_all_with_path(found, "mu") + optax.tree.get_all_with_path(found, "trace")
+        assert len(moments) == 1
+        for tree in moments:
             assert tree[1]["kernel"].spec == P("fsdp", "tensor")
         scalars = [
             s

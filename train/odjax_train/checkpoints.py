@@ -14,6 +14,7 @@ reads it.
 
 import dataclasses
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import checkpoint_managers as managers
 
 from odjax.core import differences, leaves_with_paths
+from odjax_train.distributed import as_main, barrier, everywhere, is_main
 from odjax_train.errors import UserError
 from odjax_train.program import TrainState
 
@@ -69,6 +71,32 @@ def _groups(state: TrainState) -> dict[str, dict[str, Any]]:
     }
 
 
+def _stored(tree: Any) -> Any:
+    """Random keys as the numbers they are made of."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _implementation(leaf: Any) -> str:
+    names = ("threefry2x32", "rbg", "unsafe_rbg")
+    return next(name for name in names if jax.random.key(0, impl=name).dtype == leaf.dtype)
+
+
+def _stored_shapes(tree: Any) -> Any:
+    """The shapes that `_stored` arrays have, in their layout."""
+
+    def stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if not _is_key(leaf):
+            return leaf
+        data = jax.eval_shape(jax.random.key_data, leaf)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(stored, tree)
+
+
 def _nested(tree: Any) -> dict[str, Any]:
     """The tree as nested dictionaries of strings, whatever containers it is made of."""
     return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in leaves_with_paths(tree)})
@@ -77,29 +105,36 @@ def _nested(tree: Any) -> dict[str, Any]:
 def _rebuilt(nested: Mapping[str, Any], like: Any) -> Any:
     """The inverse of `_nested`, with the containers of `like`."""
     found = dict(leaves_with_paths(nested))
-    return jax.tree.unflatten(jax.tree.structure(like), [found[path] for path, _ in leaves_with_paths(like)])
+    leaves = [
+        jax.random.wrap_key_data(found[path], impl=_implementation(leaf)) if _is_key(leaf) else found[path]
+        for path, leaf in leaves_with_paths(like)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def fingerprints(tree: Any) -> jax.Array:
     """A 32-bit checksum of the bits of every leaf, with their positions; `[leaves]` uint32.
 
-    Integer sums wrap and commute, so the value does not depend on how the leaves are sharded. A changed bit,
-    two exchanged elements or a zeroed block change it.
+    Every element is mixed with its position before the sum. Sums of integers wrap and commute, so the value
+    does not depend on how the leaves are sharded; a change goes unnoticed with a chance of 2^-32.
     """
     return jnp.stack([_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def _fingerprint(leaf: jax.Array) -> jax.Array:
-    if leaf.dtype == jnp.bool_:
-        leaf = leaf.astype(jnp.uint8)
+    if leaf.dtype == jnp.bool_ or leaf.dtype.name in ("int4", "uint4", "int2", "uint2"):
+        leaf = leaf.astype(jnp.int8)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag])
     bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(leaf.dtype.itemsize, 4)}").astype(jnp.uint32)
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
         index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position = position * jnp.uint32(size) + index
-    # An odd multiplier is invertible mod 2^32: no change of one element cancels itself.
-    weight = (position * jnp.uint32(0x9E3779B1)) | jnp.uint32(1)
-    return jnp.sum(bits * weight, dtype=jnp.uint32)
+    mixed = bits ^ (position * jnp.uint32(0x9E3779B1) + jnp.uint32(0x85EBCA6B))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -192,7 +227,9 @@ class Checkpoints:
             FloatingPointError: when a parameter is not finite; nothing is written.
             UserError: when this one, or the one before it, could not be written.
         """
-        groups = _groups(state)
+        groups = _stored(_groups(state))
+        if metrics is not None and not math.isfinite(metrics[self._metric]):
+            metrics = None  # not a number is not the best of all
         prints, finite = jax.device_get(_inspect(groups))
         step = int(state.step)
         if not finite:
@@ -266,15 +303,20 @@ class Checkpoints:
             raise UserError(f"no checkpoint of step {step} in {self.folder}; there are {steps}")
         skipped = []
         for candidate in reversed(steps) if step is None else [step]:
+            restored, reason = None, "another process cannot read it"
             try:
                 restored = read(candidate)
-                return dataclasses.replace(restored, skipped=tuple(skipped))
-            except UserError:
+            except (UserError, MemoryError):
                 raise
             except Exception as error:
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
                 reason = " ".join(str(error).split()) or type(error).__name__
-                skipped.append((candidate, reason))
-                warn(f"checkpoint of step {candidate} in {self.folder} cannot be read: {reason[:300]}")
+            # What one process cannot read is passed over by all of them.
+            if everywhere(restored is not None):
+                return dataclasses.replace(restored, skipped=tuple(skipped))
+            skipped.append((candidate, reason))
+            warn(f"checkpoint of step {candidate} in {self.folder} cannot be read: {reason[:300]}")
         if skipped:
             raise UserError(f"no checkpoint in {self.folder} can be read (tried {[s for s, _ in skipped]})")
         return None
@@ -283,7 +325,8 @@ class Checkpoints:
         notes = self._manager.restore(
             step, args=ocp.args.Composite(data=ocp.args.JsonRestore(), record=ocp.args.JsonRestore())
         )
-        groups = {name: tree for name, tree in _groups(like).items() if name in names}
+        wanted = {name: tree for name, tree in _groups(like).items() if name in names}
+        groups = _stored_shapes(wanted)
         for name, tree in groups.items():
             self._check_signature(step, name, tree, notes.record["signature"][name])
         arrays = self._manager.restore(
@@ -292,9 +335,10 @@ class Checkpoints:
                 **{name: ocp.args.StandardRestore(_nested(tree)) for name, tree in groups.items()}
             ),
         )
-        groups = {name: _rebuilt(arrays[name], tree) for name, tree in groups.items()}
         for name, tree in groups.items():
-            self._check_fingerprints(name, tree, notes.record["fingerprints"][name])
+            found = _rebuilt(arrays[name], tree)
+            self._check_fingerprints(name, found, notes.record["fingerprints"][name])
+        groups = {name: _rebuilt(arrays[name], tree) for name, tree in wanted.items()}
         model = groups["model"]
         state = TrainState(
             **model, opt_state=groups["optimizer"]["opt_state"] if "optimizer" in groups else None
@@ -323,9 +367,10 @@ class Checkpoints:
     def set_aside(self, step: int) -> Path:
         """Renames an unreadable checkpoint so that its step can be written again; it is never deleted."""
         source = self.folder / str(step)
-        target = self.folder.parent / f"unreadable-checkpoint-{step}-{int(time.time())}"
-        if jax.process_index() == 0 and source.exists():
+        target = self.folder.parent / f"unreadable-checkpoint-{step}-{as_main(int(time.time()))}"
+        if is_main() and source.exists():
             shutil.move(source, target)
+        barrier(f"set aside {step}")
         self._manager.reload()
         return target
 

@@ -1,5 +1,6 @@
 """The command line: `odjax VERB ...`. A mistake is answered by one line; `--debug` shows the traceback."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ usage: odjax VERB [...]
   reproduce METHOD         a method's small proof: the claim beside what was measured here
 
 odjax VERB --help says more; odjax train CONFIG --help lists the configuration's flags.
-exit status: 0 done, 1 an error of ours, 2 a mistake typed or found, 3 diverged, 75 stopped and resumable
+exit status: 0 done, 1 an error of ours, 2 a mistake typed or found, 3 diverged,
+             75 stopped and resumable, 130 stopped at once by a second Ctrl-C
 """
 
 ERROR, MISTAKE, DIVERGED, INTERRUPTED = 1, 2, 3, 75
@@ -25,7 +27,18 @@ ERROR, MISTAKE, DIVERGED, INTERRUPTED = 1, 2, 3, 75
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits."""
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+    status = run(list(sys.argv[1:] if arguments is None else arguments))
+    if status in (ERROR, MISTAKE) and _several():
+        # Leaving the ordinary way waits for the other processes, which may be waiting for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def run(arguments: list[str]) -> int:

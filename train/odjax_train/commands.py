@@ -61,10 +61,8 @@ def train(arguments: list[str]) -> int:
     from odjax_train.run_folder import default_folder
 
     _prepare(options)
-    if options.debug_nans:
-        import jax
-
-        jax.config.update("jax_debug_nans", True)
+    if options.profile < 0:
+        raise UserError(f"--profile {options.profile}: give a number of steps")
     # After joining the other processes, which installs a handler of its own for SIGTERM.
     with StopRequest().listening() as stop:
         mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
@@ -84,11 +82,14 @@ def evaluate(arguments: list[str]) -> int:
     folder, flags = _first(arguments, "eval", "a run's folder")
     options = configs.cli(EvalFlags, flags, "odjax eval RUN", "Judge a checkpoint on the held-out data.")
     _prepare(options)
+    from odjax_train.distributed import is_main
     from odjax_train.run import judge, reopen
 
     mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     loaded = reopen(Path(folder), step=options.step, best=options.best, mesh=mesh)
     metrics = judge(loaded)
+    if not is_main():
+        return 0
     if options.json:
         print(json.dumps({"step": loaded.step, **metrics}))
     else:
@@ -103,6 +104,7 @@ def generate(arguments: list[str]) -> int:
     folder, flags = _first(arguments, "generate", "a run's folder")
     options = configs.cli(GenerateFlags, flags, "odjax generate RUN", "Continue a text.")
     _prepare(options)
+    from odjax_train.distributed import is_main
     from odjax_train.experiment import Sample
     from odjax_train.run import reopen
     from odjax_train.sampling import continue_text
@@ -110,7 +112,9 @@ def generate(arguments: list[str]) -> int:
     sample = Sample(options.prompt, options.length, options.temperature, options.top_p)
     mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     loaded = reopen(Path(folder), step=options.step, best=options.best, mesh=mesh)
-    print(options.prompt + continue_text(loaded.program, loaded.state, sample, seed=options.seed))
+    text = continue_text(loaded.program, loaded.state, sample, seed=options.seed)
+    if is_main():
+        print(options.prompt + text)
     return 0
 
 

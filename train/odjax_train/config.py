@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import io
 import re
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,6 +107,12 @@ def parse(config: Config, options: type, flags: Sequence[str], command: str) -> 
     Raises:
         UserError: naming the flag at fault.
     """
+    taken = {field.name for field in dataclasses.fields(options)}
+    for name in inspect.signature(config.function).parameters:
+        if name in taken:
+            raise UserError(
+                f"{config.path}: experiment() has an argument {name!r}, which is a flag of {command}"
+            )
     experiment = _recorder(config.function)
     both = dataclasses.make_dataclass(
         "Flags",
@@ -126,8 +133,14 @@ def _recorder(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     def record(**arguments: Any) -> dict[str, Any]:
         return arguments
 
-    record.__signature__ = inspect.signature(function)
-    record.__annotations__ = {**function.__annotations__, "return": dict}
+    hints = typing.get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function)
+    record.__signature__ = signature.replace(
+        parameters=[
+            p.replace(annotation=hints.get(p.name, p.annotation)) for p in signature.parameters.values()
+        ]
+    )
+    record.__annotations__ = {**hints, "return": dict}
     record.__doc__ = function.__doc__
     return record
 

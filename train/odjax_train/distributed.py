@@ -3,7 +3,8 @@
 import dataclasses
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from odjax_train.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,48 @@ def barrier(name: str) -> None:
     """Waits for all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def together(action: Callable[[], T]) -> T:
+    """Does something in every process, and fails in all of them when it fails in one.
+
+    Args:
+        action: what to do.
+
+    Returns:
+        what it returned here.
+
+    Raises:
+        UserError: with the message of the first process in which it failed.
+    """
+    value, text = None, ""
+    try:
+        value = action()
+    except (UserError, OSError) as error:
+        if jax.process_count() == 1:
+            raise
+        text = str(error) or type(error).__name__
+    if jax.process_count() > 1:
+        sent = np.zeros(1024, np.uint8)
+        content = np.frombuffer(text.encode()[: sent.size], np.uint8)
+        sent[: content.size] = content
+        everywhere = multihost_utils.process_allgather(sent)
+        failed = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in everywhere if row.any()]
+        if failed:
+            raise UserError(failed[0])
+    return value
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether it is true in every process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
+def as_main(value: int) -> int:
+    """Process 0's value, in every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
 
 def same_everywhere(value: np.ndarray, what: str) -> None:

@@ -121,6 +121,12 @@ class Experiment:
             raise UserError(f"keep_best must not be negative, got {self.keep_best}")
         if self.eval_batches is not None and self.eval_batches < 1:
             raise UserError(f"eval_batches must be at least 1, got {self.eval_batches}")
+        longer, shorter = sorted((self.eval_every, self.checkpoint_every), reverse=True)
+        if self.keep_best and longer % shorter:
+            raise UserError(
+                f"eval_every {self.eval_every} and checkpoint_every {self.checkpoint_every}: one must be a "
+                "multiple of the other to keep the best checkpoints (or keep_best=0)"
+            )
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise UserError(f"ema must be between 0 and 1, got {self.ema}")
         if self.batch % self.accumulate:

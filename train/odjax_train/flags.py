@@ -32,8 +32,6 @@ class TrainFlags(DeviceFlags):
     """The run's folder; runs/CONFIG when not given, with a code added when flags differ from the defaults."""
     profile: int = 0
     """Write a JAX profiler trace of that many steps into the run's folder."""
-    debug_nans: bool = False
-    """Stop at the first operation that makes a NaN, and say which (slow)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,7 +142,7 @@ def train(
             save = last or step % experiment.checkpoint_every == 0
             if judge or save:
                 run.log()
-            evaluation = run.evaluate(state, step) if judge else None
+            evaluation = run.evaluate(state, step, stop) if judge else None
             if save:
                 run.save(state, evaluation)
                 saved = step
@@ -150,8 +150,8 @@ def train(
         return run.diverged(diverged, saved)
     finally:
         trace.stop()
-    if run.evaluation is None:
-        run.evaluate(state, step)
+    if saved != step:
+        run.save(state, run.evaluate(state, step))
     return Outcome(state, step, "finished", f"finished after step {step}", run.evaluation)
 
 
@@ -191,10 +191,15 @@ class _Run:
             return
         steps, values = self.pending.take()
         now = time.perf_counter()
-        for i, step in enumerate(steps):
-            bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name][i])]
-            if bad:
-                raise _DivergedError(step, f"{bad[0]} is {values[bad[0]][i]}")
+        finite = np.isfinite(values["loss"]) & np.isfinite(values["grad_norm"])
+        good = len(steps) if finite.all() else int(np.argmin(finite))
+        if good:
+            self._write(steps[:good], {name: v[:good] for name, v in values.items()}, now)
+        if good < len(steps):
+            name = "loss" if not math.isfinite(values["loss"][good]) else "grad_norm"
+            raise _DivergedError(steps[good], f"{name} is {values[name][good]}")
+
+    def _write(self, steps: list[int], values: dict[str, np.ndarray], now: float) -> None:
         rate, wait = None, 0.0
         if self._clock is not None:
             seconds = max(now - self._clock - self._aside, 1e-9)
@@ -212,13 +217,17 @@ class _Run:
         yield
         self._aside += time.perf_counter() - start
 
-    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        """Judges the state on the held-out examples."""
+    def evaluate(
+        self, state: TrainState, step: int, stop: StopRequest | None = None
+    ) -> dict[str, float] | None:
+        """Judges the state on the held-out examples; None when asked to stop before it was done."""
         with self.aside():
             jax.block_until_ready(state.step)
-            self.evaluation = evaluate(self.program, state)
-            self.recorder.evaluation(step, self.evaluation)
-        return self.evaluation
+            found = evaluate(self.program, state, stop)
+            if found is not None:
+                self.evaluation = found
+                self.recorder.evaluation(step, found)
+        return found
 
     def save(self, state: TrainState, evaluation: dict[str, float] | None) -> None:
         with self.aside():
@@ -240,7 +249,7 @@ class _Run:
 
     def diverged(self, error: _DivergedError, saved: int | None) -> Outcome:
         self.checkpoints.wait()
-        position = f"batch {error.step} of the data order (seed {self.experiment.seed})"
+        position = f"batch {error.step - 1} of the data order (seed {self.experiment.seed}, counted from 0)"
         last = (
             "there is no checkpoint before it"
             if saved is None
@@ -253,8 +262,18 @@ class _Run:
         return Outcome(None, error.step, "diverged", message)
 
 
-def evaluate(program: Program, state: TrainState) -> dict[str, float]:
-    """Means of the task's metrics over the held-out examples."""
+def evaluate(program: Program, state: TrainState, stop: StopRequest | None = None) -> dict[str, float] | None:
+    """Means of the task's metrics over the held-out examples.
+
+    Args:
+        program: the compiled functions.
+        state: what is judged.
+        stop: when it turns true a process that is alone gives up, since it may be killed soon; several
+            processes go on to the end together.
+
+    Returns:
+        the means, or None.
+    """
     experiment = program.experiment
     params = program.evaluated(state)
     sums: Sums | None = None
@@ -266,6 +285,8 @@ def evaluate(program: Program, state: TrainState) -> dict[str, float]:
     )
     with program.context(), batches:
         for batch in itertools.islice(batches, experiment.eval_batches):
+            if stop and jax.process_count() == 1:
+                return None
             new = program.evaluate(params, state.collections, batch)
             sums = new if sums is None else add(sums, new)
     return {name: float(value) for name, value in jax.device_get(mean(sums)).items()}

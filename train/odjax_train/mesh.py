@@ -93,21 +93,29 @@ def _join(sizes: Sequence[int]) -> str:
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lays the devices out as `data x fsdp x tensor`, following the interconnect.
 
-    Over several TPU slices (or GPU hosts that report one each) the `data` axis crosses the slow network and
-    the others stay inside.
+    Over several TPU slices (or GPU hosts that report one each) the `data` axis crosses the slow network where
+    it divides by their number, else `fsdp`; the others stay inside.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = shape.resolve(len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        if sizes[0] % slices:
-            raise UserError(f"mesh {_join(sizes)}: the data axis must be a multiple of the {slices} slices")
-        layout = mesh_utils.create_hybrid_device_mesh(
-            (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices=devices
-        )
+        across = _across(sizes, slices)
+        inside = [size // outer for size, outer in zip(sizes, across, strict=True)]
+        layout = mesh_utils.create_hybrid_device_mesh(inside, across, devices=devices)
     else:
         layout = mesh_utils.create_device_mesh(sizes, devices=devices)
     return Mesh(layout, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _across(sizes: tuple[int, int, int], slices: int) -> tuple[int, int, int]:
+    """How many parts of each axis lie on different slices."""
+    for axis in (0, 1):
+        if sizes[axis] % slices == 0:
+            return tuple(slices if i == axis else 1 for i in range(len(sizes)))
+    raise UserError(
+        f"mesh {_join(sizes)}: its data or its fsdp axis must be a multiple of the {slices} slices"
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -68,7 +68,11 @@ class Recorder:
         self._pace = _Pace()
         if not active:
             return
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        path = folder / "metrics.jsonl"
+        cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = path.open("a", buffering=1)
+        if cut:
+            self._file.write("\n")  # a kill came in the middle of a line
         self._events = _Events(folder / "events")
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),

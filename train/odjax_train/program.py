@@ -138,6 +138,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     init = _init(experiment, batch)
     with jax.set_mesh(mesh), nn.logical_axis_rules(experiment.rules):
         boxed = jax.eval_shape(init)
+        _check_outputs(experiment, nn.unbox(boxed), batch)
     state = nn.unbox(boxed)
     shardings = _shardings(experiment, boxed, state, mesh)
     state = jax.tree.map(
@@ -172,6 +173,26 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
             for edit in experiment.edits
         ),
     )
+
+
+def _check_outputs(experiment: Experiment, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises when the model's outputs are fewer than the data's labels, or a step changes what it carries."""
+    labels = getattr(experiment.data, "classes", None)
+    if labels is None and hasattr(experiment.data, "tokenizer"):
+        labels = experiment.data.tokenizer.vocab
+    variables = {"params": state.params, **state.collections}
+    logits = jax.eval_shape(experiment.model.apply, variables, *experiment.task.inputs(batch))
+    if labels is not None and logits.shape[-1] < labels:
+        raise UserError(f"the model has {logits.shape[-1]} outputs, the data {labels} labels")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    _, changed = jax.eval_shape(
+        lambda v, b, k: experiment.task.loss(experiment.model, v, b, k), variables, batch, key
+    )
+    for name, collection in changed.items():
+        if jax.tree.structure(collection) != jax.tree.structure(state.collections[name]):
+            raise UserError(
+                f"the model's collection {name!r} grows with every call (sow?): it cannot be carried"
+            )
 
 
 def _init(experiment: Experiment, batch: dict[str, jax.ShapeDtypeStruct]) -> Callable[[], TrainState]:
@@ -247,7 +268,7 @@ def _step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainSt
         grads, (sums, collections) = compute(free, frozen, state.collections, batch, key)
         # A batch without a single weighted target moves nothing.
         count = jnp.maximum(sums["loss"].count, 1e-9)
-        grads = jax.tree.map(lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype), grads, free)
+        grads = jax.tree.map(lambda g, p: (g.astype(jnp.float32) / count).astype(p.dtype), grads, free)
         updates, opt_state = optimizer.update(grads, state.opt_state, free)
         free = optax.apply_updates(free, updates)
         ema = state.ema

@@ -16,7 +16,7 @@ from odjax_train import run_folder
 from odjax_train.checkpoints import Checkpoints, Restored
 from odjax_train.config import Config, load, parse
 from odjax_train.data import feed
-from odjax_train.distributed import barrier, is_main, same_everywhere
+from odjax_train.distributed import as_main, is_main, same_everywhere, together
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
 from odjax_train.flags import TrainFlags
@@ -52,7 +52,7 @@ def start(
     folder = run_folder.default_folder(config) if folder is None else folder
     experiment = config.experiment()
     program = _built(experiment, mesh)
-    data = experiment.data.describe()
+    data = together(experiment.data.describe)
     same_everywhere(np.frombuffer(str(data).encode().ljust(4096)[:4096], np.uint8), "data")
     details = {
         "data": data,
@@ -64,12 +64,12 @@ def start(
         "best": list(experiment.task.best),
         "parameters": tree_report(program.state.params, trainable=experiment.trainable),
     }
-    resuming = run_folder.claim(folder, config, details, write=is_main())
-    barrier("run folder")
-    kept = experiment.keep_last + experiment.keep_best + 1
-    if is_main():
-        run_folder.require_space(folder, int(_ROOM * kept * _size(program)))
-    barrier("space")
+    found = together(lambda: run_folder.claim(folder, config, details) if is_main() else False)
+    resuming = bool(as_main(found))
+    together(lambda: run_folder.read(folder))  # all processes must see the same storage
+    copies = experiment.keep_last + experiment.keep_best + 1
+    needed = int(_ROOM * copies * _size(program))
+    together(lambda: run_folder.require_space(folder, needed) if is_main() else None)
 
     try:
         return _train(program, folder, data, details["parameters"], resuming, profile, stop, console)
@@ -92,7 +92,9 @@ def _train(
     """Opens logs, checkpoints and data, trains, and closes them however it ends."""
     experiment = program.experiment
     with contextlib.ExitStack() as opened:
-        recorder = Recorder(folder, experiment.steps, experiment.task.unit, console, active=is_main())
+        recorder = together(
+            lambda: Recorder(folder, experiment.steps, experiment.task.unit, console, active=is_main())
+        )
         opened.callback(recorder.close)
         checkpoints = _checkpoints(folder, experiment)
         opened.callback(checkpoints.close)
@@ -141,7 +143,6 @@ def _settle(restored: Restored, checkpoints: Checkpoints, recorder: Recorder) ->
     for step, _ in restored.skipped:
         target = checkpoints.set_aside(step)
         recorder.say(f"moved the checkpoint of step {step} to {target}")
-        barrier(f"set aside {step}")
 
 
 def _checkpoints(folder: Path, experiment: Experiment, *, read_only: bool = False) -> Checkpoints:
@@ -216,12 +217,15 @@ def reopen(folder: Path, *, step: int | None, best: bool, mesh: MeshShape | None
         step = checkpoints.best()
         if step is None:
             raise UserError(f"{folder} holds no checkpoint that was evaluated")
-    restored = checkpoints.restore_model(
-        program.state, warn=lambda text: print(text, file=sys.stderr), step=step
-    )
+    restored = checkpoints.restore_model(program.state, warn=_warn, step=step)
     if restored is None:
         raise UserError(f"{folder} holds no checkpoint yet")
     return Loaded(program, restored.state, restored.step)
+
+
+def _warn(text: str) -> None:
+    if is_main():
+        print(text, file=sys.stderr)
 
 
 def judge(loaded: Loaded) -> dict[str, float]:

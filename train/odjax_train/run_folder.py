@@ -38,14 +38,13 @@ def identity(config: Config) -> dict[str, Any]:
     return {"config": config.path.name, "text": config.text, "arguments": config.arguments}
 
 
-def claim(folder: Path, config: Config, details: Mapping[str, Any], *, write: bool) -> bool:
+def claim(folder: Path, config: Config, details: Mapping[str, Any]) -> bool:
     """Takes the folder for a run of this configuration.
 
     Args:
         folder: the run's folder; made when missing.
         config: the configuration, with its arguments.
         details: anything else worth recording.
-        write: whether this process writes (process 0).
 
     Returns:
         whether the folder held this very run already.
@@ -59,22 +58,21 @@ def claim(folder: Path, config: Config, details: Mapping[str, Any], *, write: bo
         return True
     if folder.is_dir() and any(folder.iterdir()) and (folder / "checkpoints").exists():
         raise UserError(f"--run {folder}: holds checkpoints but no run.json; give another folder")
-    if write:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "config.py", config.text)
-            record = {
-                **identity(config),
-                "flags": config.flags,
-                "path": os.path.relpath(config.path),
-                "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-                "commit": _commit(config.path.parent),
-                **details,
-            }
-            write_text(path, _json(record, indent=2))
-        except OSError as error:
-            raise UserError(f"--run {folder}: cannot be written: {error.strerror or error}") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.py", config.text)
+        record = {
+            **identity(config),
+            "flags": config.flags,
+            "path": os.path.relpath(config.path),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "commit": _commit(config.path.parent),
+            **details,
+        }
+        write_text(path, _json(record, indent=2))
+    except OSError as error:
+        raise UserError(f"--run {folder}: cannot be written: {error.strerror or error}") from error
     return False
 
 
@@ -118,18 +116,20 @@ def require_space(folder: Path, needed: int) -> None:
 
     Args:
         folder: where it will be written.
-        needed: bytes.
+        needed: bytes of all checkpoints; what those that are there take up is part of it.
 
     Raises:
         UserError: when the folder cannot be written or its disk has less room.
     """
     probe = folder / ".writable"
+    held = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
     try:
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"--run {folder}: cannot be written: {error.strerror or error}") from error
+    needed -= held
     if free < needed:
         raise UserError(
             f"--run {folder}: {format_bytes(free)} free, the checkpoints need {format_bytes(needed)}"

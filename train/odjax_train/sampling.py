@@ -1,5 +1,6 @@
 """Continuing text with a trained language model."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ from odjax.core import fold_path
 from odjax.models import generate
 from odjax_train.errors import UserError
 from odjax_train.experiment import Sample
+from odjax_train.mesh import replicated
 from odjax_train.program import Program, TrainState
 
 
@@ -36,13 +38,14 @@ def continue_text(program: Program, state: TrainState, sample: Sample, *, seed: 
         raise UserError(f"{asked}, the model's maximum is {most}")
     key = fold_path(jax.random.key(seed), "sample")
 
-    @jax.jit
-    def write(params: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
+    @functools.partial(jax.jit, out_shardings=replicated(program.mesh))
+    def write(params: Any, collections: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
         return generate(
             experiment.model,
             params,
             prompt,
             steps=sample.length,
+            collections=collections,
             key=key,
             temperature=sample.temperature,
             top_p=sample.top_p,
@@ -52,7 +55,7 @@ def continue_text(program: Program, state: TrainState, sample: Sample, *, seed: 
     # One row is not cut up over the data axes.
     whole = [(name, axis) for name, axis in experiment.rules if name != "batch"]
     with jax.set_mesh(program.mesh), nn.logical_axis_rules(whole):
-        tokens = write(program.evaluated(state), prompt[None], key)
+        tokens = write(program.evaluated(state), state.collections, prompt[None], key)
     tokens = np.asarray(tokens)[0, -sample.length :]
     ends = np.flatnonzero(tokens == tokenizer.separator)
     return tokenizer.decode(tokens[: ends[0]] if ends.size else tokens)
