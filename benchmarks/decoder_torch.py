@@ -12,7 +12,6 @@ one another much more than JAX's: the figure of a busy machine flatters JAX.
 """
 
 import argparse
-import ctypes
 import functools
 import json
 import os
@@ -49,14 +48,6 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.kv_heads = args.kv_heads or args.heads
     return args
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory: else every page of a step's buffers faults again, each step."""
-    mallopt = ctypes.CDLL(None).mallopt
-    no_mmap, never_trim, one_arena = (-4, 0), (-1, 2**31 - 1), (-8, 1)
-    for setting in (no_mmap, never_trim, one_arena):
-        mallopt(*setting)
 
 
 def jax_step(args: argparse.Namespace, tokens: Any) -> tuple[Callable[..., Any], Any, Any]:
@@ -207,6 +198,8 @@ def middle(seconds: Sequence[tuple[float, float]], kind: int) -> float:
 def main() -> None:
     args = arguments()
     if not args.plain_malloc:
+        from odjax_train.cpu import keep_freed_memory
+
         keep_freed_memory()
     import jax
 

@@ -13,7 +13,7 @@ from odjax_train.data import Text
 
 
 def experiment(
-    steps: int = 400,
+    steps: int = 200,
     batch: int = 32,
     length: int = 128,
     preset: str = "byte-small",
@@ -25,6 +25,8 @@ def experiment(
     ema: float | None = None,
     source: str = "stdlib",
     dtype: str = "float32",
+    attention: str | None = "blocked",
+    scan: bool = False,
     seed: int = 0,
 ) -> Experiment:
     """A byte-level language model of the Python standard library's source text.
@@ -42,13 +44,15 @@ def experiment(
         ema: decay of an average of the parameters.
         source: the text, `stdlib`, `text:<file or glob>` or `arrayrecord:<glob>`.
         dtype: of the computation; bfloat16 on accelerators.
+        attention: how it is computed: `blocked` is fastest on CPUs; `xla`, `cudnn` or None on accelerators.
+        scan: scan the layers (faster to compile) instead of unrolling them (faster on CPUs).
         seed: of everything random.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, min(warmup, steps // 2), max(steps, 1), end_value=0.1 * learning_rate
     )
     return Experiment(
-        model=decoder(preset, max_length=max(length, 512), dtype=dtype),
+        model=decoder(preset, max_length=max(length, 512), dtype=dtype, attention=attention, scan=scan),
         task=language_model(),
         data=Text(source=source, length=length),
         optimizer=optax.chain(

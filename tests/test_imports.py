@@ -49,7 +49,7 @@ def test_the_names_for_type_checkers_are_the_names_at_run_time():
     )
     shown = {(node.module, alias.name) for node in block.body for alias in node.names}
     assert {name for _, name in shown} | {"registry"} == set(odjax.__all__)
-    for module, name in shown - {("odjax", family) for family in ("continual", "core", "models")}:
+    for module, name in shown - {("odjax", family) for family in odjax._FAMILIES}:
         assert odjax._MODULE_OF[name] == module
 
 

@@ -22,6 +22,8 @@ from odjax.lowrank.merge import init_factors as init_factors
 from odjax.lowrank.merge import merge as merge
 from odjax.lowrank.merge import start_from as start_from
 from odjax.lowrank.merge import unmerge as unmerge
+from odjax.lowrank.methods import ADDED as ADDED
+from odjax.lowrank.methods import FACTORS as FACTORS
 from odjax.lowrank.methods import LowRank as LowRank
 from odjax.lowrank.parameters import ParameterAdapter as ParameterAdapter
 from odjax.lowrank.parameters import parameter_adapter as parameter_adapter

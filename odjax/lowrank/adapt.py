@@ -272,6 +272,10 @@ def _adapted(
     """The output of a layer with its update."""
     dtype = module.dtype or y.dtype
     precision = getattr(module, "precision", None)
+    if isinstance(module, nn.Embed) and spec.method == "dora":
+        raise ValueError(
+            f"{path!r} belongs to an embedding: method='dora' adapts linear layers, exclude it with where="
+        )
     if isinstance(module, nn.Embed):
         sizes = Sizes((), *((n,) for n in weight.shape))
         leaves = {leaf: variable_of(module, leaf) for leaf in LEAVES if module.has_variable("params", leaf)}

@@ -360,3 +360,11 @@ def test_parameters_without_factors_are_refused_with_the_remedy():
     params, _ = bare("mlp")
     with pytest.raises(ValueError, match=r"no 'lora_a' beside 'dense_0/kernel'.*init_factors"):
         adapted("mlp", "lora")[0].apply({"params": params}, MODELS["mlp"][1][0])
+
+
+def test_dora_refuses_an_embedding():
+    model = adapt(nn.Embed(8, 4), rank=2, method="dora", where="embedding")
+    with pytest.raises(
+        ValueError, match="'embedding' belongs to an embedding: method='dora' adapts linear layers"
+    ):
+        model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))

@@ -34,9 +34,12 @@ def _prepare(flags: DeviceFlags) -> None:
     import jax
 
     from odjax_train import distributed
+    from odjax_train.cpu import keep_freed_memory
 
     processes = distributed.Processes(flags.coordinator, flags.processes, flags.process)
     distributed.join(processes, flags.cpu_devices)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "odjax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))
