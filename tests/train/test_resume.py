@@ -142,3 +142,18 @@ def test_two_processes_lose_the_same_as_one_and_restore_each_others_checkpoints(
     assert losses[0][24] < losses[0][1]
     for step, loss in losses[0].items():
         assert losses[1][step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_what_one_process_finds_wrong_ends_all_of_them_with_the_same_line(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    address = f"localhost:{processes.free_port()}"
+    both = [
+        processes.start(
+            "train", config, "--run", tmp_path / "file" / "run", "--cpu-devices", 4, *STEPS,
+            "--coordinator", address, "--processes", 2, "--process", i,
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+    for status, output in [processes.finish(process, timeout=90) for process in both]:
+        assert status == 2, output
+        assert "cannot be written: Not a directory" in output
