@@ -111,6 +111,8 @@ def main(
     length: Annotated[int, tyro.conf.arg(help="bytes in a sequence")] = 128,
 ) -> None:
     """Prints the cost of the loop and of the input pipeline as ratios."""
+    if steps < 30:
+        raise SystemExit(f"--steps {steps}: at least 30, so that the loop logs three times")
     config = load(ROOT / "configs" / "lm_stdlib.py", {"batch": batch, "length": length, "steps": steps})
     never = 10**9
     experiment = dataclasses.replace(

@@ -13,7 +13,7 @@ from odjax_train.data import Text
 
 
 def experiment(
-    steps: int = 200,
+    steps: int = 260,
     batch: int = 32,
     length: int = 128,
     preset: str = "byte-small",
