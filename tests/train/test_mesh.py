@@ -14,6 +14,7 @@ from odjax_train.errors import UserError
 from odjax_train.mesh import (
     DEFAULT_RULES,
     MeshShape,
+    _across,
     bytes_per_device,
     data_parallelism,
     like_parameters,
@@ -108,3 +109,10 @@ def test_bytes_on_a_device_are_those_of_its_shards():
     tree = {"a": jax.ShapeDtypeStruct((4, 6), jnp.float32), "b": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}
     shardings = {"a": NamedSharding(mesh, P("fsdp", "tensor")), "b": NamedSharding(mesh, P())}
     assert bytes_per_device(tree, shardings) == 4 * 6 * 4 // 4 + 3 * 2
+
+
+def test_the_slow_network_is_crossed_by_data_or_else_by_fsdp():
+    assert _across((8, 8, 1), 8) == (8, 1, 1)
+    assert _across((1, 64, 1), 8) == (1, 8, 1)
+    with pytest.raises(UserError, match="its data or its fsdp axis must be a multiple of the 8 slices"):
+        _across((1, 4, 16), 8)
