@@ -1,0 +1,1 @@
+"""Exchange with other programs: safetensors files, names of PyTorch models, PEFT adapters."""
