@@ -230,17 +230,18 @@ def frozen_half(spec: LowRank, leaves: Mapping[str, Any], sizes: Sizes) -> jax.A
       sizes: of the weight.
 
     Returns:
-      A float32 [batch..., inputs..., rank], or B [batch..., rank, outputs...].
+      A [batch..., inputs..., rank], or B [batch..., rank, outputs...]; float32, float64 for float64 factors.
     """
     inputs, outputs = dims(sizes)
     law, scale = sketch_of(spec)
+    kind = wide(spec.dtype)
     right = "lora_b" in leaves
     rank = leaves["lora_b"].shape[len(sizes.batch)] if right else leaves["lora_a"].shape[-1]
 
     def draw(words: jax.Array) -> jax.Array:
         # Threefry whatever the default: its values do not depend on the mesh or the device.
         key = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
-        q = sketch(key, words[2], "", inputs if right else outputs, rank, law, jnp.float32, scale=scale)
+        q = sketch(key, words[2], "", inputs if right else outputs, rank, law, kind, scale=scale)
         return q if right else q.T
 
     for _ in sizes.batch:
