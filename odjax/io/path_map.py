@@ -8,71 +8,31 @@ sides, without a dot or slash or one of the choices given. `layers[i]` is layer 
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from odjax.core import Where
 from odjax.core.paths import leaves_with_paths
+from odjax.io.places import KINDS, Pair, Place, from_torch, holes, in_flax, in_torch, to_torch, torch_shape
 
-KINDS: dict[str, tuple[tuple[str, str], ...]] = {
-    "linear": ((".weight", "/kernel"), (".bias", "/bias")),
-    "conv1d": ((".weight", "/kernel"), (".bias", "/bias")),
-    "conv": ((".weight", "/kernel"), (".bias", "/bias")),
-    "embedding": ((".weight", "/embedding"),),
-    "norm": ((".weight", "/scale"), (".bias", "/bias")),
-    "parameter": (("", ""),),
-}
-"""Kind of a module -> the ends of its tensors' names, PyTorch's and Flax's."""
-
-_HOLE = r"\{(\w+)(?::([^}]*))?\}"
-
-
-def _holes(template: str) -> list[str]:
-    return [hole[0] for hole in re.findall(_HOLE, template)] + re.findall(r"\[(\w+)\]", template)
-
-
-class Pair(NamedTuple):
-    """A module of a PyTorch model and the same one of a Flax model.
-
-    Kinds and layouts (PyTorch <-> Flax): "linear" (out, in) <-> (in..., out...); "conv1d" of GPT-2 (in, out)
-    <-> (in..., out...); "conv" (out, in, window...) <-> (window..., in, out); "embedding" and "norm" as they
-    are; "parameter" for a tensor that belongs to no such module.
-
-    Attributes:
-      torch: name, dots between parts; placeholders as in the module's docstring.
-      flax: path, slashes between parts; the same placeholders.
-      kind: a key of `KINDS`.
-      inputs: of a linear layer's kernel: the number of its first axes that are inputs.
-      ones: of a "parameter": the number of first axes of length 1 that PyTorch's tensor has more.
-    """
-
-    torch: str
-    flax: str
-    kind: str = "linear"
-    inputs: int = 1
-    ones: int = 0
-
-
-class Place(NamedTuple):
-    """A tensor or module in both worlds.
-
-    Attributes:
-      pair: that says so.
-      torch: name.
-      flax: path; in a scanned stack that of all layers.
-      index: of the layer in a scanned stack, else None.
-    """
-
-    pair: Pair
-    torch: str
-    flax: str
-    index: int | None
+__all__ = [
+    "LLAMA",
+    "Pair",
+    "PathMap",
+    "Place",
+    "places_of_leaf",
+    "places_of_module",
+    "places_of_tensor",
+    "tensor_of",
+    "to_params",
+    "to_tensors",
+    "under",
+]
 
 
 @dataclass(frozen=True)
@@ -102,7 +62,7 @@ class PathMap:
                 raise ValueError(
                     f"kind of {pair.torch!r} must be one of {', '.join(KINDS)}, got {pair.kind!r}"
                 )
-            torch, flax = _holes(pair.torch), _holes(pair.flax)
+            torch, flax = holes(pair.torch), holes(pair.flax)
             if sorted(torch) != sorted(flax) or len(set(torch)) < len(torch):
                 raise ValueError(
                     f"{pair.torch!r} and {pair.flax!r} must have the same placeholders, each once: "
@@ -126,7 +86,7 @@ LLAMA = PathMap(
     ),
     ignore=(r".*\.rotary_emb\.inv_freq",),
 )
-"""Names of `transformers`' LlamaForCausalLM and of `odjax.models.Decoder`; those of Mistral and Qwen3 are equal."""
+"""Names of LlamaForCausalLM (so of Mistral and Qwen3 too) and of `odjax.models.Decoder`."""
 
 
 def under(names: PathMap, prefix: str) -> PathMap:
@@ -179,7 +139,7 @@ def to_params(tensors: Mapping[str, Any], names: PathMap, like: Any, *, keep: Wh
     faults: list[str] = []
     found: dict[str, dict[int | None, tuple[str, np.ndarray]]] = {}
     for name, tensor in tensors.items():
-        places = [place for place in _places_of_tensor(names, name) if place.flax in shapes]
+        places = [place for place in places_of_tensor(names, name) if place.flax in shapes]
         if not places:
             if not any(re.fullmatch(pattern, name) for pattern in names.ignore):
                 faults.append(f"{name} {list(tensor.shape)} has no place")
@@ -189,12 +149,12 @@ def to_params(tensors: Mapping[str, Any], names: PathMap, like: Any, *, keep: Wh
             continue
         place = places[0]
         shape = shapes[place.flax] if place.index is None else shapes[place.flax][1:]
-        value = _from_torch(place, np.asarray(tensor), shape)
+        value = from_torch(place, np.asarray(tensor), shape)
         if value is None:
             layer = "" if place.index is None else f" layer {place.index}"
             faults.append(
-                f"{name} {list(tensor.shape)} does not fit {place.flax}{layer} {list(shape)}: its tensor is "
-                f"{list(torch_shape(place, shape))}"
+                f"{name} {list(tensor.shape)} does not fit {place.flax}{layer} {list(shape)}, that is "
+                f"{list(torch_shape(place, shape))} in PyTorch"
             )
             continue
         if place.index in found.setdefault(place.flax, {}):
@@ -257,7 +217,7 @@ def to_tensors(params: Any, names: PathMap) -> dict[str, np.ndarray]:
         for place in places:
             if place.torch in tensors:
                 faults.append(f"{path} has a name that is taken, {place.torch}")
-            tensors[place.torch] = _to_torch(place, value if place.index is None else value[place.index])
+            tensors[place.torch] = to_torch(place, value if place.index is None else value[place.index])
     if faults:
         raise ValueError("the map does not know the parameters: " + "; ".join(faults))
     return tensors
@@ -289,7 +249,7 @@ def places_of_leaf(names: PathMap, path: str, shape: tuple[int, ...]) -> list[Pl
             module = path[: len(path) - len(flax_end)]
             hits = [
                 place._replace(torch=place.torch + torch_end, flax=path)
-                for place in _of_module(pair, module, shape[0] if shape else 0)
+                for place in in_torch(pair, module, shape[0] if shape else 0)
             ]
             if hits and found:
                 raise ValueError(f"{path!r} fits two pairs of the map, {found[0].pair} and {pair}")
@@ -311,133 +271,40 @@ def places_of_module(names: PathMap, module: str) -> list[Place]:
       >>> [place.flax for place in places_of_module(LLAMA, "model.layers.1.self_attn.q_proj")]
       ['layers/attn/q', 'layers_1/attn/q']
     """
-    found = []
-    for pair in names.pairs:
-        match = _torch_pattern(pair).fullmatch(module)
-        if match:
-            found += _filled(pair, module, match.groupdict())
-    return found
+    return [place for pair in names.pairs for place in in_flax(pair, module)]
 
 
-def _places_of_tensor(names: PathMap, name: str) -> list[Place]:
-    found = []
-    for pair in names.pairs:
-        for torch_end, flax_end in KINDS[pair.kind]:
-            if not name.endswith(torch_end):
-                continue
-            match = _torch_pattern(pair).fullmatch(name[: len(name) - len(torch_end)])
-            if match:
-                found += [
-                    place._replace(flax=place.flax + flax_end)
-                    for place in _filled(pair, name, match.groupdict())
-                ]
-    return found
+def places_of_tensor(names: PathMap, name: str) -> list[Place]:
+    """Where a tensor of the PyTorch model may be in the Flax model.
 
+    Args:
+      names: the map.
+      name: of the tensor.
 
-def _filled(pair: Pair, name: str, values: Mapping[str, str]) -> Iterable[Place]:
-    stack = re.search(r"\[(\w+)\]", pair.flax)
-    path = re.sub(_HOLE, lambda hole: values[hole[1]], pair.flax)
-    if stack is None:
-        return [Place(pair, name, path, None)]
-    index = values[stack[1]]
+    Returns:
+      Its places: in a scanned stack and unrolled, where it is in a stack.
+
+    Example:
+      >>> [place.flax for place in places_of_tensor(LLAMA, "model.norm.weight")]
+      ['norm/scale']
+    """
     return [
-        Place(pair, name, path.replace(stack[0], ""), int(index)),
-        Place(pair, name, path.replace(stack[0], f"_{index}"), None),
+        place._replace(torch=name, flax=place.flax + flax_end)
+        for pair in names.pairs
+        for torch_end, flax_end in KINDS[pair.kind]
+        if name.endswith(torch_end)
+        for place in in_flax(pair, name[: len(name) - len(torch_end)])
     ]
 
 
-def _of_module(pair: Pair, module: str, layers: int) -> list[Place]:
-    """The places of a Flax module, its layers in a scanned stack."""
-    stack = re.search(r"\[(\w+)\]", pair.flax)
-    for scanned in (False, True) if stack else (False,):
-        match = _flax_pattern(pair, scanned).fullmatch(module)
-        if match is None:
-            continue
-        values = match.groupdict()
-
-        def named(values: Mapping[str, str]) -> str:
-            return re.sub(_HOLE, lambda hole: values[hole[1]], pair.torch)
-
-        if not scanned:
-            return [Place(pair, named(values), module, None)]
-        return [Place(pair, named({**values, stack[1]: str(i)}), module, i) for i in range(layers)]
-    return []
-
-
-def _pattern(template: str, numbers: Iterable[str], choices: Mapping[str, str]) -> re.Pattern[str]:
-    parts, at = [], 0
-    for hole in re.finditer(_HOLE, template):
-        parts.append(re.escape(template[at : hole.start()]))
-        inside = r"\d+" if hole[1] in numbers else choices.get(hole[1]) or r"[^./]+"
-        parts.append(f"(?P<{hole[1]}>{inside})")
-        at = hole.end()
-    return re.compile("".join(parts) + re.escape(template[at:]))
-
-
-def _choices(pair: Pair) -> dict[str, str]:
-    holes = re.findall(_HOLE, pair.torch) + re.findall(_HOLE, pair.flax)
-    return {name: choices for name, choices in holes if choices}
-
-
-@functools.cache
-def _torch_pattern(pair: Pair) -> re.Pattern[str]:
-    return _pattern(pair.torch, re.findall(r"\[(\w+)\]", pair.flax), _choices(pair))
-
-
-@functools.cache
-def _flax_pattern(pair: Pair, scanned: bool) -> re.Pattern[str]:
-    stack = re.findall(r"\[(\w+)\]", pair.flax)
-    template = re.sub(r"\[(\w+)\]", "" if scanned else r"_{\1}", pair.flax)
-    return _pattern(template, stack, _choices(pair))
-
-
-def _from_torch(place: Place, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A tensor in Flax's layout, or None where it does not fit the shape."""
-    expected = torch_shape(place, shape)
-    if tensor.shape != expected:
-        return None
-    if place.flax.endswith("/kernel"):
-        if place.pair.kind == "linear":
-            tensor = tensor.T
-        elif place.pair.kind == "conv":
-            tensor = np.moveaxis(tensor, (1, 0), (-2, -1))
-    return tensor.reshape(shape)
-
-
-def _to_torch(place: Place, value: np.ndarray) -> np.ndarray:
-    """A leaf, or one layer of it, in PyTorch's layout."""
-    shape = torch_shape(place, value.shape)
-    if place.flax.endswith("/kernel"):
-        if place.pair.kind == "linear":
-            return value.reshape(shape[::-1]).T
-        if place.pair.kind == "conv":
-            return np.moveaxis(value, (-2, -1), (1, 0))
-    return value.reshape(shape)
-
-
-def torch_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor in PyTorch.
+def tensor_of(place: Place, leaf: Any) -> np.ndarray:
+    """A tensor of the PyTorch model from the leaf that it is in.
 
     Args:
-      place: of the leaf.
-      shape: of the leaf, of one layer in a scanned stack.
+      place: of the tensor.
+      leaf: all of it, every layer of a scanned stack.
 
     Returns:
-      The shape.
-
-    Example:
-      >>> place = places_of_leaf(LLAMA, "layers/attn/o/kernel", (1, 2, 4, 6))[0]
-      >>> torch_shape(place, (2, 4, 6))
-      (6, 8)
+      A host array.
     """
-    kind, cut = place.pair.kind, place.pair.inputs
-    if kind == "parameter":
-        return (*(1,) * place.pair.ones, *shape)
-    if place.flax.endswith("/bias"):
-        return (int(np.prod(shape, dtype=int)),)
-    if place.flax.endswith("/kernel") and kind == "conv":
-        return (shape[-1], shape[-2], *shape[:-2])
-    if place.flax.endswith("/kernel"):
-        rows, columns = (int(np.prod(part, dtype=int)) for part in (shape[:cut], shape[cut:]))
-        return (rows, columns) if kind == "conv1d" else (columns, rows)
-    return shape
+    return to_torch(place, np.asarray(leaf if place.index is None else leaf[place.index]))
