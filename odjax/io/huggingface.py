@@ -393,8 +393,8 @@ def _pooling(folder: Path) -> str | None:
     )
     if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(
-            f"{modules} has the modules {', '.join(kinds)}, the model has Transformer, Pooling and Normalize: "
-            "pass pooling= to load the encoder alone"
+            f"{modules} has the modules {', '.join(kinds)}; only Transformer, Pooling and Normalize can be "
+            "loaded: pass pooling= for the encoder alone"
         )
     config = json.loads(path.read_text())
     on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
