@@ -1,6 +1,8 @@
 """What a step of an adapted model compiles to: no gradient of a frozen weight, no copy, no gathered weight."""
 
+import collections
 import functools
+import math
 import re
 
 import flax.linen as nn
@@ -118,6 +120,52 @@ def test_no_operation_makes_an_array_of_the_size_of_a_weight(method):
     assert (41, 37) in shapes
 
 
+TINY = {"layers": 3, "width": 20, "heads": 4, "kv_heads": 2, "head_dim": 6, "mlp_width": 28, "vocab": 64}
+LAYER = {20 * 24, 20 * 12, 20 * 28}  # numbers of the kernels of one layer; no activation has as many
+
+
+def operations(text):
+    """How often the compiled program has (operation, number of elements of its result)."""
+    found = re.findall(r"= [a-z]\w*\[([\d,]*)\]\S* ([\w-]+)\(", text)
+    return collections.Counter((op, math.prod(int(d) for d in dims.split(",") if d)) for dims, op in found)
+
+
+@functools.cache
+def decoder_step(method, trained):
+    """A step of a scanned and rematerialised decoder whose linear layers are all adapted."""
+    model = adapt(Decoder(**TINY, max_length=7, remat="full"), rank=2, method=method, where="layers/.*kernel")
+    tokens = jax.ShapeDtypeStruct((5, 7), jnp.int32)
+    params = nn.unbox(jax.eval_shape(model.init, KEY, tokens)["params"])
+
+    def step(params, tokens):
+        free, frozen = partition(params, trained)
+
+        def loss(free):
+            logits = model.apply({"params": combine(free, frozen)}, tokens)
+            return -jnp.mean(jax.nn.log_softmax(logits)[..., 0])
+
+        return combine(jax.tree.map(lambda p, g: p - 0.1 * g, free, jax.grad(loss)(free)), frozen)
+
+    return operations(jax.jit(step, donate_argnums=0).lower(params, tokens).compile().as_text())
+
+
+@pytest.mark.parametrize("method,computes", [("lora", set()), ("rac", set()), ("dora", {"multiply"})])
+def test_a_compiled_step_only_reads_frozen_kernels_and_has_no_gradient_of_them(method, computes):
+    found = decoder_step(method, FACTORS)
+    # A stack of kernels is an argument of the loop and nothing else: no gradient, no sum, no copy.
+    stacks = {op for op, size in found if size in {3 * n for n in LAYER}}
+    assert stacks <= {"parameter", "get-tuple-element", "bitcast"}
+    # One layer's is a slice of it (in a fusion of its own); the lengths of DoRA square its entries on the way.
+    layers = {op for op, size in found if size in LAYER}
+    assert "dynamic-slice" in layers
+    assert layers <= {"dynamic-slice", "bitcast", "fusion", "parameter"} | computes
+
+
+def test_a_compiled_step_that_trains_the_kernels_has_their_gradients():
+    found = decoder_step("lora", ".*")
+    assert {size for op, size in found if op == "dot"} >= LAYER
+
+
 def test_a_restart_works_in_place():
     model, params, _ = factored("rac")
     edit = restart(model, every=2, on_boundary="keep")
@@ -186,6 +234,51 @@ def on_mesh(shape):
             if i == 1:
                 params = again(params)
     return values, again.as_text(), jax.device_get(params)
+
+
+def step_collectives(method):
+    """(operation, dtype, shape) of the collectives of a step on fsdp x tensor; without a method, of the model.
+
+    The bare model trains what lies before its first layer, so that its backward pass goes through all of them.
+    """
+    model = Decoder(**SIZES, remat="full")
+    if method is not None:
+        model = adapt(model, rank=2, method=method, where=".*(q|o|up|down)/kernel")
+    tokens = jax.ShapeDtypeStruct((8, 8), jnp.int32)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    boxed = jax.eval_shape(model.init, KEY, tokens)["params"]
+
+    def gradient(params, tokens):
+        free, frozen = partition(params, "embed/embedding" if method is None else FACTORS)
+
+        def loss(free):
+            logits = model.apply({"params": combine(free, frozen)}, tokens)
+            return -jnp.mean(jax.nn.log_softmax(logits)[..., 0])
+
+        return jax.grad(loss)(free)
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+        rows = NamedSharding(mesh, P(("data", "fsdp")))
+        out = partition(shardings, "embed/embedding" if method is None else FACTORS)[0]
+        compiled = jax.jit(gradient, in_shardings=(shardings, rows), out_shardings=out)
+        text = compiled.lower(nn.unbox(boxed), tokens).compile().as_text()
+    kinds = "all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute"
+    found = re.findall(rf"= \(?([a-z]\w*)\[([\d,]*)\]\S* ({kinds})(?:-start)?\(", text)
+    return collections.Counter((op, kind, dims) for kind, dims, op in found)
+
+
+def test_a_step_on_a_mesh_gathers_what_the_bare_model_gathers_and_factors_of_one_layer():
+    more = step_collectives("rac") - step_collectives(None)
+    sizes = {
+        (op, dims): math.prod(int(d) for d in dims.split(",") if d)
+        for op, _, dims in more
+        if op != "all-reduce"
+    }
+    # A layer's factor has at most 48 x 2 numbers, a stack of them three times as many, a kernel 32 x 32.
+    assert sizes
+    assert max(sizes.values()) <= 48 * 2, sizes
+    assert not [dims for _, dims in sizes if dims.startswith("3,")]
 
 
 def test_sharded_and_unsharded_chains_are_the_same():
