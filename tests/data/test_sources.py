@@ -233,7 +233,7 @@ else:
     [
         (
             "cifar:x",
-            r"unknown scheme 'cifar'; there are digits, stdlib, text:<file or glob>, npz:<file>, tfds:<name>",
+            r"unknown scheme 'cifar'; there are digits, stdlib, pydoc, text:<file or glob>, npz:<file>, tfds:<name>",
         ),
         ("digits:8", r"data source 'digits:8': write it as `digits`"),
         ("stdlib:", r"write it as `stdlib`"),

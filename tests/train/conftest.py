@@ -1,5 +1,6 @@
 """Tiny experiments that every test of the application shares."""
 
+import gc
 import math
 import pathlib
 import textwrap
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from odjax.models import decoder, vit
-from odjax_train import Experiment, MeshShape, classification, language_model
+from odjax_train import Experiment, MeshShape, classification, cli, language_model
 from odjax_train.data import Images, Text
 from odjax_train.mesh import make_mesh
 from odjax_train.program import build
@@ -23,6 +24,13 @@ def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
             return optimizer.update(*args)
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+@pytest.fixture
+def forgotten_reads():
+    """Lets what Orbax forgot come up in the module that damages checkpoints and not in another one."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -120,3 +128,16 @@ def config_file(tmp_path, text_file):
         return path
 
     return write
+
+
+@pytest.fixture
+def odjax(capsys):
+    """Runs `odjax ARGUMENTS` here; exit status and what was printed."""
+
+    def call(*arguments):
+        with jax.numpy_dtype_promotion("standard"):
+            status = cli.run([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call

@@ -1,7 +1,5 @@
 """Checkpoints: what is written is read on any mesh, and what was damaged is noticed."""
 
-import gc
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +10,15 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from odjax_train.checkpoints import Checkpoints, fingerprints
+from odjax_train.checkpoints import Checkpoints
 from odjax_train.errors import UserError
+from odjax_train.stored import fingerprints
 
 # Orbax forgets the reads that were under way when one of them fails.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def forgotten_reads():
-    """Lets what Orbax forgot come up here and not in another module's tests."""
-    yield
-    gc.collect()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("forgotten_reads"),
+]
 
 
 def same(left, right):

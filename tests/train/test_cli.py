@@ -10,19 +10,6 @@ import pytest
 from odjax_train import cli
 
 
-@pytest.fixture
-def odjax(capsys):
-    """Runs `odjax ARGUMENTS` here; exit status and what was printed."""
-
-    def call(*arguments):
-        with jax.numpy_dtype_promotion("standard"):
-            status = cli.run([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, text_file):
     """A finished run of a small language model on a mesh of eight devices, and its configuration."""

@@ -1,15 +1,17 @@
 """Checkpoints: asynchronous, verified when they are read, restorable onto another mesh.
 
-A checkpoint holds two groups of arrays, as nested dictionaries whose keys are the parts of the paths, and two
+A checkpoint holds groups of arrays, as nested dictionaries whose keys are the parts of the paths, and two
 JSON files:
 
-    model       parameters, other collections, average of the parameters, step and key: enough to evaluate
+    model       trained parameters, other collections, average of the parameters, step and key
+    frozen      parameters that are not trained
     optimizer   the optimizer's state
     data        position of the data iterator
-    record      shapes and dtypes, and a checksum of every array
+    record      shapes and dtypes, a checksum of every array, and which checkpoint holds "frozen"
 
-The checksums are taken on the devices and do not depend on the layout, so a damaged file is found whatever
-reads it.
+What is not trained is written when it has changed and not again: the checkpoints of an adapter are small, and
+refer to one that holds the weights, which is kept as long as one of them is. The checksums are taken on the
+devices and do not depend on the layout, so a damaged file is found whatever reads it.
 """
 
 import dataclasses
@@ -17,20 +19,30 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import checkpoint_managers as managers
 
-from odjax.core import differences, leaves_with_paths
+from odjax.core import Where, differences, leaves_with_paths
 from odjax_train.distributed import as_main, barrier, everywhere, is_main
 from odjax_train.errors import UserError
 from odjax_train.program import TrainState
+from odjax_train.stored import (
+    fingerprints,
+    groups_of,
+    inspect,
+    nested,
+    rebuilt,
+    signature,
+    state_of,
+    stored,
+    stored_shapes,
+)
 
 # Orbax logs every directory it makes, and forgets the reads that were under way when one fails.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -58,97 +70,24 @@ class Restored:
     skipped: tuple[tuple[int, str], ...]
 
 
-def _groups(state: TrainState) -> dict[str, dict[str, Any]]:
-    return {
-        "model": {
-            "step": state.step,
-            "key": state.key,
-            "params": state.params,
-            "collections": state.collections,
-            "ema": state.ema,
-        },
-        "optimizer": {"step": state.step, "opt_state": state.opt_state},
-    }
+class _WithHolders:
+    """Keeps what one of the policies keeps, and the checkpoints that those refer to.
 
-
-def _stored(tree: Any) -> Any:
-    """Random keys as the numbers they are made of."""
-    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _implementation(leaf: Any) -> str:
-    names = ("threefry2x32", "rbg", "unsafe_rbg")
-    return next(name for name in names if jax.random.key(0, impl=name).dtype == leaf.dtype)
-
-
-def _stored_shapes(tree: Any) -> Any:
-    """The shapes that `_stored` arrays have, in their layout."""
-
-    def stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if not _is_key(leaf):
-            return leaf
-        data = jax.eval_shape(jax.random.key_data, leaf)
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
-
-    return jax.tree.map(stored, tree)
-
-
-def _nested(tree: Any) -> dict[str, Any]:
-    """The tree as nested dictionaries of strings, whatever containers it is made of."""
-    return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in leaves_with_paths(tree)})
-
-
-def _rebuilt(nested: Mapping[str, Any], like: Any) -> Any:
-    """The inverse of `_nested`, with the containers of `like`."""
-    found = dict(leaves_with_paths(nested))
-    leaves = [
-        jax.random.wrap_key_data(found[path], impl=_implementation(leaf)) if _is_key(leaf) else found[path]
-        for path, leaf in leaves_with_paths(like)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def fingerprints(tree: Any) -> jax.Array:
-    """A 32-bit checksum of the bits of every leaf, with their positions; `[leaves]` uint32.
-
-    Every element is mixed with its position before the sum. Sums of integers wrap and commute, so the value
-    does not depend on how the leaves are sharded; a change goes unnoticed with a chance of 2^-32.
+    Args:
+        policies: of Orbax.
+        holders: step -> step of the checkpoint that holds its frozen parameters.
     """
-    return jnp.stack([_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
 
+    def __init__(self, policies: Sequence[Any], holders: Mapping[int, int]) -> None:
+        self._policies, self._holders = policies, holders
 
-def _fingerprint(leaf: jax.Array) -> jax.Array:
-    if leaf.dtype == jnp.bool_ or leaf.dtype.name in ("int4", "uint4", "int2", "uint2"):
-        leaf = leaf.astype(jnp.int8)
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        leaf = jnp.stack([leaf.real, leaf.imag])
-    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(leaf.dtype.itemsize, 4)}").astype(jnp.uint32)
-    position = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        position = position * jnp.uint32(size) + index
-    mixed = bits ^ (position * jnp.uint32(0x9E3779B1) + jnp.uint32(0x85EBCA6B))
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
-
-
-def _all_finite(tree: Any) -> jax.Array:
-    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats])) if floats else jnp.array(True)
-
-
-@jax.jit
-def _inspect(groups: Any) -> tuple[Any, jax.Array]:
-    return {name: fingerprints(tree) for name, tree in groups.items()}, _all_finite(groups["model"])
-
-
-def _signature(tree: Any) -> dict[str, list[Any]]:
-    return {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves_with_paths(tree)}
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which of the checkpoints are kept."""
+        votes = [policy.should_preserve(checkpoints, context=context) for policy in self._policies]
+        kept = [any(each) for each in zip(*votes, strict=True)]
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        needed = {self._holders.get(step) for step, keep in zip(steps, kept, strict=True) if keep}
+        return [keep or step in needed for step, keep in zip(steps, kept, strict=True)]
 
 
 class Checkpoints:
@@ -156,6 +95,7 @@ class Checkpoints:
 
     Args:
         folder: where they are; made when missing unless `read_only`.
+        trainable: which parameters are trained.
         keep_last: newest ones to keep.
         keep_best: best ones to keep beside them.
         best: the metric that decides, and `"min"` or `"max"`.
@@ -166,13 +106,18 @@ class Checkpoints:
         self,
         folder: Path,
         *,
+        trainable: Where = ".*",
         keep_last: int = 2,
         keep_best: int = 1,
         best: tuple[str, str] = ("loss", "min"),
         read_only: bool = False,
     ) -> None:
         self.folder = folder.resolve()
+        self._trainable = trainable
         self._metric, mode = best
+        # Checksums of frozen parameters that a checkpoint holds, and that checkpoint's step.
+        self._held: tuple[tuple[int, ...], int] | None = None
+        self._holders: dict[int, int] = {}
         policies = [managers.LatestN(keep_last)]
         if keep_best:
             policies.append(
@@ -187,7 +132,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=managers.AnyPreservationPolicy(policies),
+                preservation_policy=_WithHolders(policies, self._holders),
                 best_fn=self._score,
                 best_mode=mode,
                 read_only=read_only,
@@ -196,6 +141,21 @@ class Checkpoints:
                 enable_async_checkpointing=not read_only,
             ),
         )
+        if not read_only:
+            for step in self.steps():
+                self._refer(step)
+
+    def _refer(self, step: int) -> None:
+        """Learns which checkpoint another one refers to; a record that cannot be read refers to none."""
+        try:
+            holder = self._record(step).get("frozen")
+        except Exception:
+            holder = None
+        if holder is not None:
+            self._holders[step] = holder
+
+    def _record(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
 
     @staticmethod
     def finished(folder: Path) -> list[int]:
@@ -227,24 +187,28 @@ class Checkpoints:
             FloatingPointError: when a parameter is not finite; nothing is written.
             UserError: when this one, or the one before it, could not be written.
         """
-        groups = _stored(_groups(state))
+        groups = stored(groups_of(state, self._trainable))
         if metrics is not None and not math.isfinite(metrics[self._metric]):
             metrics = None  # not a number is not the best of all
-        prints, finite = jax.device_get(_inspect(groups))
+        prints, finite = jax.device_get(inspect(groups))
         step = int(state.step)
         if not finite:
             raise FloatingPointError(f"parameters after step {step} are not finite")
         record = {
             "step": step,
             "time": time.time(),
-            "signature": {name: _signature(tree) for name, tree in groups.items()},
+            "signature": {name: signature(tree) for name, tree in groups.items()},
             "fingerprints": {name: [int(p) for p in values] for name, values in prints.items()},
         }
+        if "frozen" in groups:
+            record["frozen"] = self._holder(step, record["fingerprints"]["frozen"])
+            if record["frozen"] != step:
+                del groups["frozen"]
         with self._explained(step):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    **{name: ocp.args.StandardSave(_nested(tree)) for name, tree in groups.items()},
+                    **{name: ocp.args.StandardSave(nested(tree)) for name, tree in groups.items()},
                     data=ocp.args.JsonSave(data),
                     record=ocp.args.JsonSave(record),
                 ),
@@ -252,6 +216,13 @@ class Checkpoints:
                 force=True,
             )
         return step
+
+    def _holder(self, step: int, prints: Sequence[int]) -> int:
+        """The checkpoint that holds frozen parameters with these checksums: an earlier one, or this one."""
+        if self._held is None or self._held[0] != tuple(prints) or self._held[1] not in self.steps():
+            self._held = tuple(prints), step
+        self._holders[step] = self._held[1]
+        return self._held[1]
 
     def wait(self) -> None:
         """Returns when everything is on the disk."""
@@ -293,7 +264,7 @@ class Checkpoints:
         self, like: TrainState, *, warn: Callable[[str], None], step: int | None = None
     ) -> Restored | None:
         """As `restore`, without reading the optimizer's state (`opt_state` is None)."""
-        return self._newest(lambda s: self._read(s, like, ("model",)), warn, step)
+        return self._newest(lambda s: self._read(s, like, optimizer=False), warn, step)
 
     def _newest(
         self, read: Callable[[int], Restored], warn: Callable[[str], None], step: int | None
@@ -321,40 +292,39 @@ class Checkpoints:
             raise UserError(f"no checkpoint in {self.folder} can be read (tried {[s for s, _ in skipped]})")
         return None
 
-    def _read(self, step: int, like: TrainState, names: tuple[str, ...] = ("model", "optimizer")) -> Restored:
+    def _read(self, step: int, like: TrainState, *, optimizer: bool = True) -> Restored:
         notes = self._manager.restore(
             step, args=ocp.args.Composite(data=ocp.args.JsonRestore(), record=ocp.args.JsonRestore())
         )
-        wanted = {name: tree for name, tree in _groups(like).items() if name in names}
-        groups = _stored_shapes(wanted)
-        for name, tree in groups.items():
-            self._check_signature(step, name, tree, notes.record["signature"][name])
-        arrays = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardRestore(_nested(tree)) for name, tree in groups.items()}
-            ),
-        )
-        for name, tree in groups.items():
-            found = _rebuilt(arrays[name], tree)
-            self._check_fingerprints(name, found, notes.record["fingerprints"][name])
-        groups = {name: _rebuilt(arrays[name], tree) for name, tree in wanted.items()}
-        model = groups["model"]
-        state = TrainState(
-            **model, opt_state=groups["optimizer"]["opt_state"] if "optimizer" in groups else None
-        )
-        return Restored(state=state, step=step, data=notes.data, skipped=())
+        record = notes.record
+        wanted = groups_of(like, self._trainable)
+        if not optimizer:
+            del wanted["optimizer"]
+        groups = {}
+        for name, tree in wanted.items():
+            shapes = stored_shapes(tree)
+            self._check_signature(step, name, shapes, record["signature"].get(name, {}))
+            holder = record["frozen"] if name == "frozen" else step
+            arrays = self._manager.restore(
+                holder, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(nested(shapes))})
+            )[name]
+            self._check_fingerprints(name, rebuilt(arrays, shapes), record["fingerprints"][name])
+            groups[name] = rebuilt(arrays, tree)
+        if "frozen" in groups:
+            self._held = tuple(record["fingerprints"]["frozen"]), record["frozen"]
+        return Restored(state=state_of(groups), step=step, data=notes.data, skipped=())
 
     def _check_signature(self, step: int, name: str, tree: Any, signature: Mapping[str, Any]) -> None:
         saved = {
             tuple(path.split("/")): jax.ShapeDtypeStruct(tuple(shape), dtype)
             for path, (shape, dtype) in signature.items()
         }
-        found = differences(_nested(tree), unflatten_dict(saved))
+        found = differences(nested(tree), unflatten_dict(saved))
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            what = "optimizer" if name == "optimizer" else "model"
             raise UserError(
-                f"checkpoint of step {step} in {self.folder} is of another {name}: {found[0]}{more}"
+                f"checkpoint of step {step} in {self.folder} is of another {what}: {found[0]}{more}"
             )
 
     @staticmethod

@@ -13,6 +13,7 @@ usage: odjax VERB [...]
   train CONFIG [flags]     train; goes on by itself when the run's folder holds a checkpoint
   eval RUN                 judge a checkpoint on the held-out data
   generate RUN             continue a text with a trained language model
+  merge RUN                put the factors of an adapted run into its weights, one .safetensors file
   report RUN [RUN ...]     one self-contained HTML page with the plots
   methods                  every method: paper, what it is, where to import it, how its proof stands
   reproduce METHOD         a method's small proof: the claim beside what was measured here
@@ -85,6 +86,7 @@ def _verb(name: str) -> Callable[[list[str]], int | None]:
         "train": commands.train,
         "eval": commands.evaluate,
         "generate": commands.generate,
+        "merge": commands.merge,
         "report": commands.report,
         "methods": commands.methods,
         "reproduce": commands.reproduce,

@@ -11,6 +11,7 @@ from odjax_train.flags import (
     DeviceFlags,
     EvalFlags,
     GenerateFlags,
+    MergeFlags,
     NoFlags,
     ReportFlags,
     ReproduceFlags,
@@ -118,6 +119,28 @@ def generate(arguments: list[str]) -> int:
     text = continue_text(loaded.program, loaded.state, sample, seed=options.seed)
     if is_main():
         print(options.prompt + text)
+    return 0
+
+
+def merge(arguments: list[str]) -> int:
+    """`odjax merge RUN`."""
+    folder, flags = _first(arguments, "merge", "a run's folder")
+    description = "Put the factors of an adapted run into its weights: one file."
+    options = configs.cli(MergeFlags, flags, "odjax merge RUN", description)
+    _prepare(options)
+    from odjax.core import format_bytes
+    from odjax_train.adapters import merged, write
+    from odjax_train.distributed import is_main
+    from odjax_train.mesh import MeshShape
+    from odjax_train.run import reopen
+
+    mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
+    loaded = reopen(Path(folder), step=options.step, best=options.best, mesh=mesh)
+    out = options.out or Path(folder) / "merged.safetensors"
+    params = merged(loaded, rank=options.rank, dtype=options.dtype)
+    size = write(out, params, {"format": "flax", "run": str(folder), "step": str(loaded.step)})
+    if is_main():
+        print(f"step {loaded.step} merged: {out} ({format_bytes(size)})")
     return 0
 
 

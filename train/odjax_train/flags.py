@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -64,6 +64,22 @@ class GenerateFlags(DeviceFlags):
     """Which checkpoint; the newest one when not given."""
     best: bool = False
     """The best checkpoint instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeFlags(DeviceFlags):
+    """What to merge."""
+
+    out: Path | None = None
+    """The file; merged.safetensors in the run's folder when not given."""
+    step: int | None = None
+    """Which checkpoint; the newest one when not given."""
+    best: bool = False
+    """The best checkpoint instead."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the file's numbers; that of the parameters when not given."""
+    rank: int | None = None
+    """dylora: serve the first so many ranks."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,6 +119,8 @@ def train(
     agreement = Agreement(program.mesh)
     trace = _Trace(profile, start)
     saved = start if start in checkpoints.steps() else None
+    if start == 0 and experiment.start_from is not None:
+        run.evaluate(state, step, stop)  # what is improved on
     try:
         while step < experiment.steps:
             if agreement.vote(bool(stop)):
@@ -130,7 +132,7 @@ def train(
             for edit, apply in program.edits:
                 if edit.due(step):
                     state = apply(state)
-                    recorder.event("edit", step, name=edit.name)
+                    recorder.event("edit", step, edit=edit.name)
             trace.after(step, state)
             if step > 1 and (step - 1) % experiment.log_every == 0:
                 # The steps before this one: they are done, or nearly, while this one has just begun.

@@ -4,33 +4,58 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from odjax import lowrank
 from odjax.core import leaves_with_paths
+from odjax.io.safetensors import load_safetensors
+from odjax.lowrank.adapt import Adapted
+from odjax.lowrank.factors import LEAVES
 from odjax_train import run_folder
-from odjax_train.checkpoints import Checkpoints, fingerprints
+from odjax_train.checkpoints import Checkpoints
 from odjax_train.errors import UserError
+from odjax_train.stored import fingerprints
 
 
-def start_from(folder: Path, params: Any) -> tuple[Any, str]:
+def start_from(source: Path, params: Any, model: nn.Module) -> tuple[Any, str]:
     """Takes over what another run has learned; the parameters that it did not have stay as they are.
 
-    Where that run kept an average of its parameters, the average is taken.
+    Where that run kept an average of its parameters, the average is taken. Factors of an adapted model that
+    start from the weights (PiSSA, DoRA) are set from those taken over.
 
     Args:
-        folder: the other run's folder; its newest checkpoint is read.
+        source: the other run's folder, whose newest checkpoint is read, or a `.safetensors` file of
+            parameters by path, such as `odjax merge` writes.
         params: the new model's parameters, already laid out.
+        model: the new model.
 
     Returns:
         the parameters, in the same structure and layout, and a line about what came from where.
 
     Raises:
-        UserError: when the folder is not a run's, holds no readable checkpoint, or has a parameter that the
-            model does not have with that shape.
+        UserError: when there is no such run or file, it cannot be read, or it has a parameter that the model
+            does not have with that shape.
     """
+    mine = dict(leaves_with_paths(params))
+    read = _from_file if source.suffix == ".safetensors" else _from_run
+    taken, name = read(source, mine)
+    taken = {path: array.astype(mine[path].dtype) for path, array in taken.items()}
+    new = [path for path in mine if path not in taken]
+    text = f"starting from {name}: {len(taken)} parameters taken over"
+    text += f", {len(new)} new ones" if new else ""
+    leaves = [taken.get(path, leaf) for path, leaf in mine.items()]
+    params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    if isinstance(model, Adapted) and not any(path.rpartition("/")[2] in LEAVES for path in taken):
+        layout = jax.tree.map(lambda leaf: leaf.sharding, params)
+        params = jax.jit(lambda tree: lowrank.start_from(model, tree), out_shardings=layout)(params)
+    return params, text
+
+
+def _from_run(folder: Path, mine: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], str]:
     run_folder.read(folder)
     steps = Checkpoints.finished(folder / "checkpoints")
     if not steps:
@@ -38,33 +63,53 @@ def start_from(folder: Path, params: Any) -> tuple[Any, str]:
     step = max(steps)
     at = (folder / "checkpoints" / str(step)).resolve()
     record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(at / "record")
-    saved = record["signature"]["model"]
-    prints = dict(zip(saved, record["fingerprints"]["model"], strict=True))
-    mine = dict(leaves_with_paths(params))
+    parts = [group for group in ("model", "frozen") if group in record["signature"]]
+    saved = {name: shape for part in parts for name, shape in record["signature"][part].items()}
     sources = _sources(folder, saved, mine)
-    arrays = _read(at / "model", {source: (mine[path], saved[source]) for path, source in sources.items()})
-    for source, array in arrays.items():
-        if int(jax.jit(fingerprints)([array])[0]) != prints[source]:
-            raise UserError(
-                f"checkpoint of step {step} in {folder}: {source} is not what was written (checksum)"
-            )
-    taken = {path: arrays[source].astype(mine[path].dtype) for path, source in sources.items()}
-    new = [path for path in mine if path not in taken]
-    text = f"starting from {folder} (step {step}): {len(taken)} parameters taken over"
-    text += f", {len(new)} new ones" if new else ""
-    leaves = [taken.get(path, leaf) for path, leaf in mine.items()]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves), text
+    taken = {}
+    for part in parts:
+        names = record["signature"][part]
+        prints = dict(zip(names, record["fingerprints"][part], strict=True))
+        held = at if part == "model" else at.parent / str(record["frozen"])
+        wanted = {path: source for path, source in sources.items() if source in names}
+        arrays = _read(held / part, {source: (mine[path], saved[source]) for path, source in wanted.items()})
+        for path, source in wanted.items():
+            if int(jax.jit(fingerprints)([arrays[source]])[0]) != prints[source]:
+                raise UserError(
+                    f"checkpoint of step {step} in {folder}: {source} is not what was written (checksum)"
+                )
+            taken[path] = arrays[source]
+    return taken, f"{folder} (step {step})"
+
+
+def _from_file(path: Path, mine: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], str]:
+    try:
+        tensors = load_safetensors(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for name, tensor in tensors.items():
+        _check(path, name, tensor.shape, mine)
+    taken = {
+        name: jax.make_array_from_callback(tensor.shape, mine[name].sharding, tensor.__getitem__)
+        for name, tensor in tensors.items()
+    }
+    return taken, str(path)
+
+
+def _check(source: Path, name: str, shape: tuple[int, ...], mine: Mapping[str, jax.Array]) -> None:
+    """Raises unless the model has that parameter with that shape."""
+    if name not in mine:
+        hint = "; odjax merge puts factors into the weights" if name.rpartition("/")[2] in LEAVES else ""
+        raise UserError(f"{source} has a parameter {name} {shape} that this model does not have{hint}")
+    if mine[name].shape != shape:
+        raise UserError(f"{source} has {name} with shape {shape}, this model with {mine[name].shape}")
 
 
 def _sources(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, jax.Array]) -> dict[str, str]:
     """Path in the model -> path in the checkpoint."""
     names = [name.removeprefix("params/") for name in saved if name.startswith("params/")]
     for name in names:
-        shape = tuple(saved[f"params/{name}"][0])
-        if name not in mine:
-            raise UserError(f"{folder} has a parameter {name} {shape} that this model does not have")
-        if mine[name].shape != shape:
-            raise UserError(f"{folder} has {name} with shape {shape}, this model with {mine[name].shape}")
+        _check(folder, name, tuple(saved[f"params/{name}"][0]), mine)
     return {name: f"ema/{name}" if f"ema/{name}" in saved else f"params/{name}" for name in names}
 
 

@@ -82,11 +82,12 @@ class Program:
             yield
 
     def compile(self) -> tuple["Program", float]:
-        """The same program with its step compiled ahead; and the seconds that took."""
+        """The same program with its step and its edits compiled ahead; and the seconds that took."""
         start = time.perf_counter()
         with self.context():
             step = self.step.lower(self.state, self.batch).compile()
-        return dataclasses.replace(self, step=step), time.perf_counter() - start
+            edits = tuple((edit, apply.lower(self.state).compile()) for edit, apply in self.edits)
+        return dataclasses.replace(self, step=step, edits=edits), time.perf_counter() - start
 
     def started(self, state: TrainState, params: Any) -> TrainState:
         """The state with other parameters, before the first step: optimizer and average begin at them."""

@@ -26,6 +26,7 @@ from odjax_train.metrics import Recorder
 from odjax_train.pretrained import start_from
 from odjax_train.program import Program, build
 from odjax_train.sampling import continue_text
+from odjax_train.stored import groups_of
 
 # What is left of the disk when all kept checkpoints and the one being written are there.
 _ROOM = 1.1
@@ -67,8 +68,7 @@ def start(
     found = together(lambda: run_folder.claim(folder, config, details) if is_main() else False)
     resuming = bool(as_main(found))
     together(lambda: run_folder.read(folder))  # all processes must see the same storage
-    copies = experiment.keep_last + experiment.keep_best + 1
-    needed = int(_ROOM * copies * _size(program))
+    needed = int(_ROOM * _checkpoint_bytes(program))
     together(lambda: run_folder.require_space(folder, needed) if is_main() else None)
 
     try:
@@ -104,7 +104,7 @@ def _train(
             with program.context():
                 state = program.init()
             if experiment.start_from is not None:
-                params, text = start_from(experiment.start_from, state.params)
+                params, text = start_from(experiment.start_from, state.params, experiment.model)
                 state = program.started(state, params)
                 recorder.say(text)
         else:
@@ -117,7 +117,8 @@ def _train(
             recorder.say(f"resuming from the checkpoint of step {restored.step}")
             recorder.event("resume", restored.step, skipped=[newer for newer, _ in restored.skipped])
         program, seconds = program.compile()
-        recorder.say(f"step compiled in {seconds:.1f} s")
+        what = " and ".join(["step", *(edit.name for edit in experiment.edits)])
+        recorder.say(f"{what} compiled in {seconds:.1f} s")
         batches = feed(experiment.data.train(experiment.seed), experiment.batch, batch_sharding(program.mesh))
         opened.callback(batches.close)
         if restored is not None:
@@ -148,6 +149,7 @@ def _settle(restored: Restored, checkpoints: Checkpoints, recorder: Recorder) ->
 def _checkpoints(folder: Path, experiment: Experiment, *, read_only: bool = False) -> Checkpoints:
     return Checkpoints(
         folder / "checkpoints",
+        trainable=experiment.trainable,
         keep_last=experiment.keep_last,
         keep_best=experiment.keep_best,
         best=experiment.task.best,
@@ -155,8 +157,18 @@ def _checkpoints(folder: Path, experiment: Experiment, *, read_only: bool = Fals
     )
 
 
-def _size(program: Program) -> int:
-    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(program.state))
+def _checkpoint_bytes(program: Program) -> int:
+    """Of all kept checkpoints and the one being written; what only edits change may be written once."""
+    experiment = program.experiment
+    copies = experiment.keep_last + experiment.keep_best + 1
+    groups = groups_of(program.state, experiment.trainable)
+    return sum(
+        (1 if name == "frozen" and not experiment.edits else copies)
+        * leaf.size
+        * np.dtype(leaf.dtype).itemsize
+        for name, tree in groups.items()
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def _heading(program: Program, folder: Path, data: dict[str, Any], parameters: str) -> str:

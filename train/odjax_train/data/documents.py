@@ -6,12 +6,20 @@ import gzip
 import hashlib
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from odjax_train.errors import UserError
 
-_STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_STDLIB_EXCLUDED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "pydoc_data",
+}
 _HELD_OUT_OF_FILES = 1 / 16
 _HELD_OUT_OF_A_FILE = 1 / 10
 
@@ -73,8 +81,8 @@ def read_bytes(spec: str, path: Path) -> bytes:
 def open_stdlib(spec: str, what: str, split: str, held_out: float | None) -> Documents:
     """The `.py` files of the running Python's standard library: real text on every machine.
 
-    Without installed packages, the library's own tests, bytecode, and the files that describe the build or
-    the machine. Another Python version is another corpus.
+    Without installed packages, the library's own tests, bytecode, the manual (`open_pydoc`), and the files
+    that describe the build or the machine. Another Python version is another corpus.
     """
     root = Path(sysconfig.get_path("stdlib"))
     found = []
@@ -89,6 +97,39 @@ def open_stdlib(spec: str, what: str, split: str, held_out: float | None) -> Doc
     if not found:
         raise UserError(f"data source {spec!r}: no .py files under {root}; use text:<file or glob> instead")
     return Documents(spec, _split_files(found, split, held_out))
+
+
+class Texts:
+    """Records `{"text": bytes, "name": str}` held in memory.
+
+    Args:
+        texts: text by name.
+    """
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self._texts = tuple(texts.items())
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> dict[str, bytes | str]:
+        name, text = self._texts[index]
+        return {"text": text.encode(), "name": name}
+
+
+def open_pydoc(spec: str, what: str, split: str, held_out: float | None) -> Texts:
+    """The topics of the Python language reference that `help()` shows: half a megabyte of English prose.
+
+    Another Python version is another corpus.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UserError(
+            f"data source {spec!r}: this Python has no pydoc_data; use text:<file or glob> instead"
+        ) from error
+    names = _split_names(sorted(topics), split, held_out)
+    return Texts({name: topics[name] for name in names})
 
 
 def open_text(spec: str, what: str, split: str, held_out: float | None) -> Documents:
@@ -125,14 +166,19 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def _split_files(found: list[Document], split: str, held_out: float | None) -> list[Document]:
+    names = set(_split_names([document.name for document in found], split, held_out))
+    return [document for document in found if document.name in names]
+
+
+def _split_names(names: list[str], split: str, held_out: float | None) -> list[str]:
     if split == "all":
-        return found
+        return names
     part = _HELD_OUT_OF_FILES if held_out is None else held_out
-    hashes = [_hash(document.name) for document in found]
+    hashes = [_hash(name) for name in names]
     # At least one is held out, and at least one is not.
     low, high = min(hashes), max(hashes)
     held = [(number < part or number == low) and number != high for number in hashes]
-    return [document for document, out in zip(found, held, strict=True) if out == (split == "test")]
+    return [name for name, out in zip(names, held, strict=True) if out == (split == "test")]
 
 
 def _hash(name: str) -> float:

@@ -2,6 +2,7 @@
 
 digits                  scikit-learn's 1,797 handwritten digits, 8x8 grey
 stdlib                  the source files of the Python standard library
+pydoc                   the topics of the Python language reference, English prose
 text:<file or glob>     text files, `.gz` too; one document a file
 npz:<file>              arrays: x_train y_train x_test y_test, or x y, or jpeg_s offset_s y_s
 tfds:<name>[@<split>]   tensorflow-datasets, without TensorFlow
@@ -269,6 +270,7 @@ def _late(module: str, name: str) -> Callable[[str, str, str, float | None], Sou
 _SCHEMES: dict[str, tuple[Callable[[str, str, str, float | None], Source], str]] = {
     "digits": (_digits, ""),
     "stdlib": (_late("documents", "open_stdlib"), ""),
+    "pydoc": (_late("documents", "open_pydoc"), ""),
     "text": (_late("documents", "open_text"), "<file or glob>"),
     "npz": (_npz, "<file>"),
     "tfds": (_late("records", "open_tfds"), "<name>"),
