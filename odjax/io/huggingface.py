@@ -83,27 +83,36 @@ VIT = PathMap(
 VIT_CLASSIFIER = _with_head(VIT, "vit.")
 """Names of ViTForImageClassification."""
 
+_DINOV2 = (
+    *_VIT_EMBEDDINGS,
+    *_VIT_ATTENTION,
+    Pair("embeddings.register_tokens", "registers", "parameter", ones=1),
+    Pair("encoder.layer.{i}.norm1", "layers[i]/attn_norm", "norm"),
+    Pair("encoder.layer.{i}.norm2", "layers[i]/mlp_norm", "norm"),
+    Pair("encoder.layer.{i}.layer_scale1.lambda1", "layers[i]/attn_scale", "parameter"),
+    Pair("encoder.layer.{i}.layer_scale2.lambda1", "layers[i]/mlp_scale", "parameter"),
+)
+
 DINOV2 = PathMap(
     (
-        *_VIT_EMBEDDINGS,
-        *_VIT_ATTENTION,
-        Pair("embeddings.register_tokens", "registers", "parameter", ones=1),
-        Pair("encoder.layer.{i}.norm1", "layers[i]/attn_norm", "norm"),
-        Pair("encoder.layer.{i}.norm2", "layers[i]/mlp_norm", "norm"),
-        Pair("encoder.layer.{i}.layer_scale1.lambda1", "layers[i]/attn_scale", "parameter"),
-        Pair("encoder.layer.{i}.layer_scale2.lambda1", "layers[i]/mlp_scale", "parameter"),
+        *_DINOV2,
         Pair("encoder.layer.{i}.mlp.fc1", "layers[i]/mlp/up"),
         Pair("encoder.layer.{i}.mlp.fc2", "layers[i]/mlp/down"),
-        # What SwiGLU's checkpoints have as one matrix is cut in two by `load_vit`.
-        Pair("encoder.layer.{i}.mlp.{p:gate|up}_proj", "layers[i]/mlp/{p}"),
-        Pair("encoder.layer.{i}.mlp.weights_out", "layers[i]/mlp/down"),
     ),
     ignore=(r"embeddings\.mask_token",),
 )
 """Names of Dinov2Model, with registers or without, and of `odjax.models.ViT`."""
 
-DINOV2_CLASSIFIER = _with_head(DINOV2, "dinov2.")
-DINOV2_REGISTERS_CLASSIFIER = _with_head(DINOV2, "dinov2_with_registers.")
+DINOV2_SWIGLU = PathMap(
+    (
+        *_DINOV2,
+        # `weights_in` of the file, cut in two by `load_vit`.
+        Pair("encoder.layer.{i}.mlp.{p:gate|up}_proj", "layers[i]/mlp/{p}"),
+        Pair("encoder.layer.{i}.mlp.weights_out", "layers[i]/mlp/down"),
+    ),
+    ignore=DINOV2.ignore,
+)
+"""The same with SwiGLU; the gate and the other matrix have names of their own."""
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -285,8 +294,8 @@ def load_vit(folder: str | Path, **overrides: Any) -> tuple[ViT, dict[str, Any]]
             "pool": "cls+mean" if head else "cls",
         }
         tensors = _split_gates(tensors)
-        heads = {"dinov2": DINOV2_CLASSIFIER, "dinov2_with_registers": DINOV2_REGISTERS_CLASSIFIER}
-        names = heads[kind] if head else DINOV2
+        names = DINOV2_SWIGLU if swiglu else DINOV2
+        names = _with_head(names, f"{kind}.") if head else names
     image = jnp.zeros((1, *settings["image"], settings["channels"]))
     return _built(ViT, settings, overrides, tensors, names, image)
 
@@ -300,7 +309,7 @@ def _built(
     example: jax.Array,
 ) -> tuple[Any, dict[str, Any]]:
     """The model of the settings, and its parameters from the tensors."""
-    settings["param_dtype"] = next(t.dtype for name, t in tensors.items() if name.endswith("weight"))
+    settings["param_dtype"] = max(tensors.values(), key=lambda tensor: tensor.size).dtype
     if "classifier.weight" in tensors:
         settings["classes"] = tensors["classifier.weight"].shape[0]
     model = model_class(**{**settings, **overrides})
