@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from odjax.core import leaves_with_paths
-from odjax.io import huggingface
+from odjax.io import model_names
 from odjax.io.huggingface import load_bert, load_llama, load_vit
 from odjax.io.path_map import LLAMA, to_tensors
 from odjax.io.safetensors import load_safetensors, load_shards, save_safetensors
@@ -113,8 +113,8 @@ def test_models_compute_what_transformers_computes(models, name):
     "name, names",
     [
         ("llama3", LLAMA),
-        ("bert_classifier", huggingface.BERT_CLASSIFIER),
-        ("dinov2_registers", huggingface.DINOV2),
+        ("bert_classifier", model_names.BERT_CLASSIFIER),
+        ("dinov2_registers", model_names.DINOV2),
     ],
 )
 def test_tensors_come_back_bit_for_bit(name, names):
