@@ -117,7 +117,7 @@ def sst2(folder: Path, encoder: Path) -> dict[str, Texts]:
                 f"{path} is missing: put SST-2 there (lines of label TAB sentence) and set ODJAX_DATA_DIR to "
                 "the folder above it"
             )
-        rows = [line.split("\t", 1) for line in path.read_text().splitlines()]
+        rows = [line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines()]
         rows = [row for row in rows if row[0] in ("0", "1")]
         tokens = [found.ids for found in tokenizer.encode_batch([text for _, text in rows])]
         parts[name] = Texts(tokens, np.asarray([int(label) for label, _ in rows], np.int32))
