@@ -69,8 +69,11 @@ def load_bert(
         ValueError: something the model does not have, or tensors that do not fit it; all are named.
 
     Example:
-        model, params = load_bert("all-MiniLM-L6-v2")
-        vectors = model.apply({"params": params}, tokens, mask, method="embed_sentences")
+        >>> model, params = load_bert("all-MiniLM-L6-v2")  # doctest: +SKIP
+        >>> y = model.apply({"params": params}, tokens, mask, method="embed_sentences")  # doctest: +SKIP
+        >>> load_bert("no-such-folder")
+        Traceback (most recent call last):
+        FileNotFoundError: no-such-folder has no config.json: give a folder in the layout of Hugging Face
     """
     folder = Path(folder)
     config = _config(folder, "bert")
@@ -116,8 +119,11 @@ def load_llama(folder: str | Path, **overrides: Any) -> tuple[Decoder, dict[str,
             below `max_length`), or tensors that do not fit it; all are named.
 
     Example:
-        model, params = load_llama("Llama-3.2-1B", dtype=jnp.bfloat16)
-        logits = model.apply({"params": params}, tokens)
+        >>> model, params = load_llama("Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
+        >>> logits = model.apply({"params": params}, tokens)  # doctest: +SKIP
+        >>> load_llama("no-such-folder")
+        Traceback (most recent call last):
+        FileNotFoundError: no-such-folder has no config.json: give a folder in the layout of Hugging Face
     """
     folder = Path(folder)
     config = _config(folder, "llama", "mistral", "qwen3")
@@ -179,8 +185,11 @@ def load_vit(folder: str | Path, **overrides: Any) -> tuple[ViT, dict[str, Any]]
         ValueError: something the model does not have, or tensors that do not fit it; all are named.
 
     Example:
-        model, params = load_vit("dinov2-small")
-        tokens = model.apply({"params": params}, images, method="features")
+        >>> model, params = load_vit("dinov2-small")  # doctest: +SKIP
+        >>> tokens = model.apply({"params": params}, images, method="features")  # doctest: +SKIP
+        >>> load_vit("no-such-folder")
+        Traceback (most recent call last):
+        FileNotFoundError: no-such-folder has no config.json: give a folder in the layout of Hugging Face
     """
     folder = Path(folder)
     config = _config(folder, "vit", "dinov2", "dinov2_with_registers")
