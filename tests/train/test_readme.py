@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from odjax.core import leaves_with_paths
 from odjax_train.errors import UserError
 from odjax_train.readme import with_table
 
@@ -32,6 +33,15 @@ def test_the_example_runs_and_its_optimizer_updates():
         state = names["optimizer"].init(params)
         updates, _ = jax.jit(names["optimizer"].update)(params, state, params)
     assert float(jnp.abs(updates["kernel"]).sum()) > 0
+
+
+def test_the_example_of_low_rank_adaptation_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (README.parent / "docs/lowrank.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert sorted(path for path, _ in leaves_with_paths(names["grads"])) == ["lora_a"]
+    assert jax.tree.structure(names["weights"]) == jax.tree.structure(names["base"])
+    assert names["edit"].due(100)
 
 
 def test_every_file_that_is_linked_exists():
