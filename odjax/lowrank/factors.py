@@ -21,20 +21,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
+from odjax.lowrank.coordinates import added
+from odjax.lowrank.frozen import frozen_half as frozen_half
+from odjax.lowrank.frozen import frozen_sketch as frozen_sketch
+from odjax.lowrank.frozen import new_sketch as new_sketch
+from odjax.lowrank.frozen import preconditioned as preconditioned
 from odjax.lowrank.methods import LowRank, rank_of, scale_of, side_of, sketch_of
-from odjax.lowrank.sketches import sketch
+from odjax.lowrank.sizes import Sizes as Sizes
+from odjax.lowrank.sizes import dims as dims
+from odjax.lowrank.sizes import sizes_of as sizes_of
+from odjax.lowrank.sizes import wide as wide
+from odjax.lowrank.sketches import COORDINATES
 
 LEAVES = ("lora_a", "lora_b", "lora_magnitude", "lora_sketch", "lora_frozen")
-
-
-class Sizes(NamedTuple):
-    """The shape of a weight by the kind of axis: batch, inputs, outputs."""
-
-    batch: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
 
 
 class Recipe(NamedTuple):
@@ -42,85 +42,6 @@ class Recipe(NamedTuple):
 
     init: Callable[[jax.Array], jax.Array]
     axes: tuple[int | None, ...]
-
-
-def wide(dtype: DTypeLike) -> DTypeLike:
-    """What sums over a dtype are made in: float32, or the dtype itself where it is wider.
-
-    Args:
-      dtype: a floating dtype.
-
-    Returns:
-      A dtype.
-
-    Example:
-      >>> wide(jnp.bfloat16) == jnp.float32
-      True
-    """
-    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
-
-
-def dims(sizes: Sizes) -> tuple[int, int]:
-    """The dimensions of the matrix: all inputs, all outputs.
-
-    Args:
-      sizes: of the weight.
-
-    Returns:
-      (inputs, outputs).
-
-    Example:
-      >>> dims(Sizes((), (16,), (4, 8)))
-      (16, 32)
-    """
-    return math.prod(sizes.inputs), math.prod(sizes.outputs)
-
-
-def sizes_of(shape: tuple[int, ...], leaves: Mapping[str, Any]) -> Sizes:
-    """The kinds of the axes of a weight, from the leaves beside it.
-
-    Args:
-      shape: of the weight.
-      leaves: name -> array, for the names that start with "lora_".
-
-    Returns:
-      The sizes.
-
-    Raises:
-      ValueError: the leaves do not fit the weight, or one of them is missing.
-
-    Example:
-      >>> sizes_of((16, 4, 8), {"lora_a": jnp.zeros((16, 2)), "lora_b": jnp.zeros((2, 4, 8))})
-      Sizes(batch=(), inputs=(16,), outputs=(4, 8))
-    """
-    outputs = len(shape) - leaves["lora_a"].ndim + 1 if "lora_a" in leaves else None
-    inputs = len(shape) - leaves["lora_b"].ndim + 1 if "lora_b" in leaves else None
-    if outputs is None or inputs is None:
-        if "lora_sketch" not in leaves or (outputs is None and inputs is None):
-            raise ValueError(
-                f"a weight {list(shape)} has {sorted(leaves)} beside it: it needs lora_a and lora_b, or one "
-                "of them and lora_sketch"
-            )
-        batch = leaves["lora_sketch"].ndim - 1
-    else:
-        batch = len(shape) - inputs - outputs
-    inputs = len(shape) - batch - outputs if inputs is None else inputs
-    cut = batch + inputs
-    sizes = Sizes(tuple(shape[:batch]), tuple(shape[batch:cut]), tuple(shape[cut:]))
-    for name, expected in (
-        ("lora_a", (*sizes.batch, *sizes.inputs)),
-        ("lora_b", (*sizes.batch, *sizes.outputs)),
-    ):
-        if name in leaves:
-            at = -1 if name == "lora_a" else batch
-            found = list(leaves[name].shape)
-            del found[at]
-            if tuple(found) != expected:
-                raise ValueError(
-                    f"{name} {list(leaves[name].shape)} does not fit a weight {list(shape)}: without its "
-                    f"rank it must be {list(expected)}"
-                )
-    return sizes
 
 
 def recipes(
@@ -205,49 +126,6 @@ def redrawn(spec: LowRank, key: jax.Array, leaves: Mapping[str, Any], sizes: Siz
     a = leaves["lora_a"]
     new["lora_a"] = _random_a(spec, key, a.shape, inputs, a.shape[-1]).astype(a.dtype)
     return new
-
-
-def new_sketch(key: jax.Array, batch: tuple[int, ...]) -> jax.Array:
-    """State of a frozen half: for each matrix two words of a key, and block 0.
-
-    Args:
-      key: a typed key.
-      batch: the batch axes of the weight.
-
-    Returns:
-      uint32 [batch..., 3].
-    """
-    words = jax.random.bits(key, (*batch, 2), jnp.uint32)
-    return jnp.concatenate([words, jnp.zeros((*batch, 1), jnp.uint32)], axis=-1)
-
-
-def frozen_half(spec: LowRank, leaves: Mapping[str, Any], sizes: Sizes) -> jax.Array:
-    """The random half of the current block, drawn from its key.
-
-    Args:
-      spec: the method.
-      leaves: name -> array; of the trained half only the shape is used.
-      sizes: of the weight.
-
-    Returns:
-      A [batch..., inputs..., rank], or B [batch..., rank, outputs...]; float32, float64 for float64 factors.
-    """
-    inputs, outputs = dims(sizes)
-    law, scale = sketch_of(spec)
-    kind = wide(spec.dtype)
-    right = "lora_b" in leaves
-    rank = leaves["lora_b"].shape[len(sizes.batch)] if right else leaves["lora_a"].shape[-1]
-
-    def draw(words: jax.Array) -> jax.Array:
-        # Threefry whatever the default: its values do not depend on the mesh or the device.
-        key = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
-        q = sketch(key, words[2], "", inputs if right else outputs, rank, law, kind, scale=scale)
-        return q if right else q.T
-
-    for _ in sizes.batch:
-        draw = jax.vmap(draw)
-    shape = (*sizes.inputs, rank) if right else (rank, *sizes.outputs)
-    return draw(leaves["lora_sketch"]).reshape(*sizes.batch, *shape)
 
 
 def both(spec: LowRank, leaves: Mapping[str, Any], sizes: Sizes) -> tuple[jax.Array, jax.Array]:
@@ -384,6 +262,33 @@ def column_norms(
     return jnp.sqrt(square).reshape(*sizes.batch, *sizes.outputs)
 
 
+def with_scaled_update(
+    spec: LowRank, path: str, kernel: jax.Array, leaves: Mapping[str, Any], sign: float = 1.0
+) -> jax.Array:
+    """W + s A B, or W - s A B, in float32 and not yet rounded.
+
+    Args:
+      spec: the method.
+      path: of the weight.
+      kernel: W [batch..., inputs..., outputs...].
+      leaves: name -> array, what lies beside it.
+      sign: 1 or -1.
+
+    Returns:
+      float32 (float64 for a float64 weight), shaped like the weight.
+    """
+    sizes = sizes_of(kernel.shape, leaves)
+    total = kernel.astype(wide(kernel.dtype))
+    if "lora_sketch" in leaves and sketch_of(spec)[0] in COORDINATES:
+        right = "lora_b" in leaves
+        factor = leaves["lora_b" if right else "lora_a"]
+        rank = factor.shape[len(sizes.batch)] if right else factor.shape[-1]
+        made = frozen_sketch(spec, leaves, sizes)
+        return added(total, factor, made, sign * scale_of(spec, path, rank), sizes, right=right)
+    a, b = both(spec, leaves, sizes)
+    return total + update_of(a, b, sign * scale_of(spec, path, a.shape[-1]), sizes).astype(total.dtype)
+
+
 def with_update(spec: LowRank, path: str, kernel: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
     """The weight that the method stands for, W + s A B, in float32 and not yet rounded.
 
@@ -397,11 +302,11 @@ def with_update(spec: LowRank, path: str, kernel: jax.Array, leaves: Mapping[str
       float32 (float64 for a float64 weight), shaped like the weight.
     """
     sizes = sizes_of(kernel.shape, leaves)
-    a, b = both(spec, leaves, sizes)
-    kind = wide(kernel.dtype)
-    scale = scale_of(spec, path, a.shape[-1])
-    total = kernel.astype(kind) + update_of(a, b, scale, sizes).astype(kind)
+    leaves = preconditioned(spec, path, leaves, sizes)
+    total = with_scaled_update(spec, path, kernel, leaves)
     if "lora_magnitude" in leaves:
+        a, b = both(spec, leaves, sizes)
+        kind, scale = total.dtype, scale_of(spec, path, a.shape[-1])
         ratio = leaves["lora_magnitude"].astype(kind) / column_norms(kernel, sizes, a, b, scale).astype(kind)
         n, i = len(sizes.batch), len(sizes.inputs)
         total = total * jnp.expand_dims(ratio, tuple(range(n, n + i)))

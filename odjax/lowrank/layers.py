@@ -8,8 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from odjax.lowrank.factors import Sizes
-from odjax.lowrank.methods import LowRank
+from odjax.lowrank.sizes import Sizes
 
 ADAPTABLE = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.Embed)
 REFUSED = (nn.ConvTranspose, nn.ConvLocal)
@@ -46,12 +45,11 @@ def axis_names(module: nn.Module) -> tuple[str | None, ...] | None:
     return tuple(names) if names is not None and len(names) == len(shape) else None
 
 
-def conv_sizes(path: str, spec: LowRank, module: nn.Conv, weight: jax.Array) -> Sizes:
+def conv_sizes(path: str, module: nn.Conv, weight: jax.Array) -> Sizes:
     """The kinds of the axes of a convolution's kernel: window and channels are inputs, features outputs.
 
     Args:
       path: of the kernel.
-      spec: the method.
       module: the convolution.
       weight: its kernel [window..., channels, features].
 
@@ -59,7 +57,7 @@ def conv_sizes(path: str, spec: LowRank, module: nn.Conv, weight: jax.Array) -> 
       The sizes.
 
     Raises:
-      ValueError: a grouped or masked convolution, or a method that adapts linear layers only.
+      ValueError: a grouped or masked convolution.
     """
     if module.feature_group_count != 1:
         raise ValueError(
@@ -68,10 +66,6 @@ def conv_sizes(path: str, spec: LowRank, module: nn.Conv, weight: jax.Array) -> 
         )
     if module.mask is not None:
         raise ValueError(f"{path!r} belongs to a masked convolution: exclude it with where=")
-    if spec.method == "dora":
-        raise ValueError(
-            f"{path!r} belongs to a convolution: method='dora' adapts linear layers, exclude it with where="
-        )
     return Sizes((), weight.shape[:-1], weight.shape[-1:])
 
 

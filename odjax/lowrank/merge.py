@@ -16,16 +16,14 @@ from odjax.core.paths import is_box
 from odjax.lowrank.adapt import Adapted
 from odjax.lowrank.factors import (
     LEAVES,
-    both,
     column_norms,
     principal_split,
     sizes_of,
     truncated,
-    update_of,
-    wide,
+    with_scaled_update,
     with_update,
 )
-from odjax.lowrank.methods import LowRank, scale_of
+from odjax.lowrank.methods import LowRank
 
 Leaves = Mapping[str, Any]
 
@@ -114,11 +112,7 @@ def unmerge(model: Adapted | LowRank, merged: Any, params: Any) -> Any:
         raise ValueError("method 'dora' rescales the merged columns: keep the base parameters to go back")
 
     def taken(path: str, kernel: jax.Array, leaves: Leaves) -> tuple[jax.Array, Leaves]:
-        sizes = sizes_of(kernel.shape, leaves)
-        a, b = both(spec, leaves, sizes)
-        kind = wide(kernel.dtype)
-        update = update_of(a, b, scale_of(spec, path, a.shape[-1]), sizes)
-        return (kernel.astype(kind) - update.astype(kind)).astype(kernel.dtype), leaves
+        return with_scaled_update(spec, path, kernel, leaves, -1.0).astype(kernel.dtype), leaves
 
     return map_adapted(taken, _with_factors(merged, params))
 

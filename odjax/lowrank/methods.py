@@ -16,6 +16,9 @@ differs in which of the two is trained, in how they start, and in what happens e
 | `pissa`   | A, B          | principal part of W          | W is the rest                                 |
 | `dylora`  | A, B          | as `lora`                    | a rank is drawn at every step                 |
 
+ReLoRA's code may also train the scale, s = tanh(t) with one number t a layer. It is left out: B is trained
+without bounds and takes up any scale, and a leaf more would be in every merge, restart and exchanged file.
+
 Sources: LoRA, Hu et al. 2021; rsLoRA, Kalajdzievski 2023; RAC-LoRA, Malinovsky et al. 2024; asymmetric LoRA,
 Zhu et al. 2024; LoRA-FA, Zhang et al. 2023; COLA, Xia et al. 2024; ReLoRA, Lialin et al. 2023; DoRA, Liu et
 al. 2024; PiSSA, Meng et al. 2024; DyLoRA, Valipour et al. 2022.
@@ -33,7 +36,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from odjax.core import Where
-from odjax.lowrank.sketches import SIDES, check_law, check_scale, fixed_side
+from odjax.lowrank.sketches import COORDINATES, SIDES, check_law, check_scale, fixed_side
 
 METHODS = ("lora", "rslora", "rac", "asym", "lora_fa", "cola", "relora", "dora", "pissa", "dylora")
 SKETCHED = ("rac", "asym", "lora_fa")
@@ -68,6 +71,7 @@ class LowRank:
       clip_rank: cut a rank down to the smaller dimension of a matrix instead of refusing it.
       train_all: `dylora` only: train all of the drawn rank, not only its last row and column.
       dtype: of the factors.
+      precondition: multiply the gradient of the trained half by s^-2 (Q^T Q)^+, Q the frozen half.
 
     Raises:
       ValueError: at construction, naming the argument, what came and what was needed.
@@ -89,6 +93,7 @@ class LowRank:
     clip_rank: bool = False
     train_all: bool = False
     dtype: DTypeLike = jnp.float32
+    precondition: bool = False
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -113,6 +118,16 @@ class LowRank:
                         f"method {self.method!r} trains both factors and draws no sketch: drop {name}=, or "
                         f"choose one of {', '.join(SKETCHED)}"
                     )
+        for name in ("precondition", "cache_sketch"):
+            if getattr(self, name) and self.method not in SKETCHED:
+                raise ValueError(
+                    f"method {self.method!r} has no frozen half: drop {name}=, or choose one of "
+                    f"{', '.join(SKETCHED)}"
+                )
+        if self.cache_sketch and self.law in COORDINATES:
+            raise ValueError(
+                f"law={self.law!r} draws rank indices, there is no array to keep: drop cache_sketch="
+            )
         if self.method == "lora_fa" and self.side == "left":
             raise ValueError("lora_fa freezes A, which is side='right': choose method='asym' for side='left'")
         _check_rank("rank", self.rank)

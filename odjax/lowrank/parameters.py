@@ -61,7 +61,7 @@ def parameter_adapter(
       dimension_numbers: which axes of a leaf are batch, inputs and outputs, see `odjax.lowrank.view_of`.
       rank_pattern: pattern of a path -> rank.
       alpha_pattern: pattern of a path -> alpha.
-      **settings: further fields of `odjax.lowrank.methods.LowRank`.
+      **settings: further fields of `odjax.lowrank.methods.LowRank`, but `dropout` and `cache_sketch`.
 
     Returns:
       The adapter.
@@ -84,6 +84,12 @@ def parameter_adapter(
     """
     if method in ("pissa", "dylora"):
         raise ValueError(f"method {method!r} needs the module route: use odjax.lowrank.adapt")
+    for name, why in (
+        ("dropout", "there is no input of a layer to drop from"),
+        ("cache_sketch", "the frozen half is drawn where the parameters are materialized"),
+    ):
+        if settings.get(name):
+            raise ValueError(f"{name}= is for the module route, odjax.lowrank.adapt: here {why}")
     spec = LowRank(
         method=method,
         where=where,

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from odjax.core.keys import fold_path, fold_step
 
 LAWS = ("orthonormal", "gaussian", "rademacher", "coordinate", "cyclic")
+COORDINATES = ("coordinate", "cyclic")
 SIDES = ("left", "right", "auto")
 
 Law = str | Callable[[jax.Array, int, int, DTypeLike], jax.Array]
@@ -363,3 +364,29 @@ def lift(made: Sketch, factor: jax.Array, side: FixedSide) -> jax.Array:
     if side == "left":
         return _matmul(factor, jnp.swapaxes(made, -1, -2))
     return _matmul(made, factor)
+
+
+def inverse_gram(made: Sketch, law: Law, scale: Scale, dim: int) -> jax.Array | float:
+    """(Q^T Q)^+, which turns the gradient of a factor into that of the projected step.
+
+    Args:
+      made: Q [*batch, dim, rank] or `Coordinates`.
+      law: that it was drawn with.
+      scale: that it was drawn with.
+      dim: length of its columns.
+
+    Returns:
+      [*batch, rank, rank]; a number where it is a multiple of the identity.
+
+    Source: Malinovsky et al. 2024, arXiv 2410.08305, section 4.
+
+    Example:
+      >>> inverse_gram(Coordinates(jnp.array([2]), 2.0, 4), "coordinate", "unit_rms", 4)
+      0.25
+    """
+    norm2 = column_norm(scale, dim) ** 2
+    if isinstance(made, Coordinates) or law == "orthonormal":
+        return 1.0 / norm2
+    gram = _matmul(jnp.swapaxes(made, -1, -2), made)
+    inverse = jnp.linalg.pinv(gram * jnp.asarray(1.0 / norm2, gram.dtype), hermitian=True)
+    return inverse * jnp.asarray(1.0 / norm2, gram.dtype)

@@ -8,57 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from odjax.core import combine, leaves_with_paths, partition
+from odjax.core import leaves_with_paths, partition
 from odjax.lowrank.adapt import adapt
 from odjax.lowrank.merge import init_factors, merge, start_from
 from odjax.lowrank.methods import ADDED, FACTORS, METHODS
-from odjax.models import MLP, decoder, vit
+from odjax.lowrank.sketches import Bernoulli
+from odjax.models import MLP
 
-KEY = jax.random.key(0)
-ANY = r".*(kernel|embedding)"
-TOKENS = jnp.arange(1, 9, dtype=jnp.int32).reshape(2, 4)
-SMALL = {"layers": 2, "width": 16, "heads": 4, "mlp_width": 24}
-
-
-class Convolutions(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(6, (3, 3), strides=2, padding="CIRCULAR", name="first")(x)
-        x = nn.Conv(5, (2, 2), kernel_dilation=2, use_bias=False, name="second")(jnp.tanh(x))
-        return nn.Dense(4)(jnp.mean(x, (-3, -2)))
-
-
-class Products(nn.Module):
-    """Every kind of product: batched DenseGeneral, several axes, einsums with a batch letter and an ellipsis."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.DenseGeneral((2, 3), axis=-1, batch_dims=(0,), name="batched")(x)
-        x = nn.DenseGeneral(6, axis=(-1, -2), name="swapped")(jnp.tanh(x))
-        x = nn.Einsum((2, 6, 4), "bti,bio->bto", name="einsum")(x)
-        return nn.Einsum((4, 5), "...i,io->...o", use_bias=False, name="plain")(x)
-
-
-def small_decoder(**change):
-    sizes = {"vocab": 16, **SMALL, "kv_heads": 2, "head_dim": 4, "max_length": 8, **change}
-    return decoder("tiny", **sizes)
-
-
-MODELS = {
-    "scanned decoder": (small_decoder(tied=False, remat="full"), (TOKENS,), ANY),
-    "unrolled tied decoder": (small_decoder(scan=False, tied=True), (TOKENS,), ANY),
-    "vit": (vit("tiny-digits", classes=8, **SMALL), (jnp.linspace(0, 1, 128).reshape(2, 8, 8, 1),), ANY),
-    "mlp": (MLP((8, 6, 4)), (jnp.linspace(-1.0, 1.0, 12).reshape(2, 6),), ANY),
-    "conv net": (Convolutions(), (jnp.linspace(-1.0, 1.0, 96).reshape(1, 8, 6, 2),), ANY),
-    "products": (Products(), (jnp.linspace(-1.0, 1.0, 30).reshape(2, 3, 5),), ANY),
-}
-
-
-@functools.cache
-def bare(name):
-    model, inputs, _ = MODELS[name]
-    params = nn.unbox(jax.jit(model.init)(KEY, *inputs)["params"])
-    return params, jax.jit(lambda p: model.apply({"params": p}, *inputs))
+from .lowrank_models import ANY, KEY, MODELS, TOKENS, bare, small_decoder, trained
 
 
 @functools.cache
@@ -67,13 +24,6 @@ def adapted(name, method, **settings):
     model = adapt(model, rank=2, method=method, alpha=3.0, where=where, **settings)
     params = nn.unbox(jax.jit(model.init)(KEY, *inputs)["params"])
     return model, params, jax.jit(lambda p, rngs=None: model.apply({"params": p}, *inputs, rngs=rngs))
-
-
-def trained(params):
-    """The same tree with factors as after some training."""
-    free, frozen = partition(params, FACTORS)
-    noise = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(KEY, x.shape, x.dtype), free)
-    return combine(noise, frozen)
 
 
 PAIRS = [
@@ -99,7 +49,7 @@ def test_the_base_keeps_its_paths_and_values_and_the_function_is_the_same_at_the
     np.testing.assert_array_equal(apply(params), apply_adapted(own))
 
 
-@pytest.mark.parametrize("name,method", [*PAIRS, ("products", "dora"), ("mlp", "dora")])
+@pytest.mark.parametrize("name,method", [*PAIRS, ("products", "dora"), ("mlp", "dora"), ("conv net", "dora")])
 def test_the_factored_forward_pass_is_that_of_the_merged_weights(name, method):
     _, apply = bare(name)
     model, params, apply_adapted = adapted(name, method)
@@ -109,10 +59,20 @@ def test_the_factored_forward_pass_is_that_of_the_merged_weights(name, method):
     np.testing.assert_allclose(out, merged, rtol=2e-4, atol=2e-5)
 
 
-def test_dora_starts_as_the_base_within_rounding():
-    params, apply = bare("products")
-    _, own, apply_adapted = adapted("products", "dora")
+@pytest.mark.parametrize("name", ["products", "conv net"])
+def test_dora_starts_as_the_base_within_rounding(name):
+    params, apply = bare(name)
+    _, own, apply_adapted = adapted(name, "dora")
     np.testing.assert_allclose(apply_adapted(own), apply(params), rtol=1e-6, atol=1e-6)
+
+
+def test_a_merged_dora_filter_has_the_trained_length_for_each_output_channel():
+    model, params, _ = adapted("conv net", "dora")
+    params = trained(params)
+    merged = merge(model, params)["first"]["kernel"]
+    assert params["first"]["lora_magnitude"].shape == (6,)
+    lengths = jnp.sqrt(jnp.sum(merged**2, axis=(0, 1, 2)))
+    np.testing.assert_allclose(lengths, jnp.abs(params["first"]["lora_magnitude"]), rtol=1e-5)
 
 
 def test_merging_is_exact_in_float64():
@@ -218,6 +178,64 @@ def test_pissa_starts_as_the_base_and_its_factors_are_the_principal_part():
     np.testing.assert_allclose(rest[: len(values) - 2], values[2:], rtol=1e-4, atol=1e-5)
 
 
+def test_pissa_splits_every_layer_of_a_scan_and_the_table_beside_it():
+    params, apply = bare("scanned decoder")
+    model, inputs, where = MODELS["scanned decoder"]
+    model = adapt(model, rank=2, method="pissa", alpha=3.0, where=where)
+    own = init_factors(model, params, KEY, *inputs)
+    out = jax.jit(lambda p: model.apply({"params": p}, *inputs))(own)
+    np.testing.assert_allclose(out, apply(params), rtol=1e-4, atol=1e-5)
+    for path in (("layers", "attn", "q"), ("layers", "mlp", "down"), ("embed",)):
+        before, after = params, own
+        for name in path:
+            before, after = before[name], after[name]
+        leaf = "embedding" if "embedding" in before else "kernel"
+        shape = (2, -1, 16) if path[-1] == "down" else (2, 16, -1) if path[0] == "layers" else (1, -1, 16)
+        values, rest = (
+            np.linalg.svd(np.asarray(tree[leaf]).reshape(shape), compute_uv=False) for tree in (before, after)
+        )
+        np.testing.assert_allclose(rest[:, :-2], values[:, 2:], rtol=1e-3, atol=1e-5, err_msg="/".join(path))
+
+
+class ScannedTables(nn.Module):
+    """An embedding in each layer of a scan, as for the layers' own tokens."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        def body(table, x, tokens):
+            return jnp.tanh(x + table(tokens)), None
+
+        scan = nn.scan(
+            body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=3
+        )
+        return scan(nn.Embed(7, 5, name="layers"), jnp.zeros((*tokens.shape, 5)), tokens)[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "rac", "pissa"])
+def test_an_embedding_inside_a_scan_has_factors_for_each_layer(method):
+    tokens = jnp.arange(6).reshape(2, 3)
+    model = adapt(ScannedTables(), rank=2, method=method, where="layers/embedding", alpha=3.0)
+    base = ScannedTables().init(KEY, tokens)["params"]
+    own = init_factors(model, base, KEY, tokens)
+    trainable = {path: leaf.shape for path, leaf in leaves_with_paths(partition(own, FACTORS)[0])}
+    assert all(shape[0] == 3 for shape in trainable.values())
+    np.testing.assert_allclose(
+        model.apply({"params": own}, tokens),
+        model.inner.apply({"params": base}, tokens),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    own = trained(own)
+    merged = merge(model, own)
+    assert np.abs(merged["layers"]["embedding"] - base["layers"]["embedding"]).max(axis=(1, 2)).min() > 1e-2
+    np.testing.assert_allclose(
+        model.apply({"params": own}, tokens),
+        model.inner.apply({"params": merged}, tokens),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 def test_init_factors_takes_the_given_weights_and_the_lengths_of_dora_are_theirs():
     params, _ = bare("mlp")
     model, _, _ = adapted("mlp", "dora")
@@ -308,6 +326,16 @@ class Transposed(nn.Module):
         ({"law": "gaussian"}, "trains both factors and draws no sketch: drop law="),
         ({"method": "lora_fa", "side": "left"}, "choose method='asym' for side='left'"),
         ({"where": "(kernel"}, "is not a regular expression"),
+        (
+            {"side": Bernoulli(0.5)},
+            "side that is drawn for each block needs the gradient view, odjax.rac_lora",
+        ),
+        ({"precondition": True}, "'lora' has no frozen half: drop precondition=, or choose one of rac, asym"),
+        ({"cache_sketch": True}, "'lora' has no frozen half: drop cache_sketch="),
+        (
+            {"method": "rac", "law": "cyclic", "cache_sketch": True},
+            "law='cyclic' draws rank indices, there is no array to keep",
+        ),
         ({"init": "zeros"}, "init must be one of kaiming, gaussian"),
         ({"dtype": jnp.int32}, "dtype of the factors must be a real floating one"),
     ],
@@ -341,7 +369,6 @@ def test_what_is_no_bare_linen_module_is_refused():
         (nn.LayerNorm(), {}, "calls no layer that can be adapted: nn.Dense"),
         (Transposed(), {}, "'up/kernel' belongs to a ConvTranspose, which cannot be adapted"),
         (nn.Conv(6, (1,), feature_group_count=2), {}, "a convolution of 2 groups"),
-        (nn.Conv(6, (1,)), {"method": "dora"}, "adapts linear layers"),
         (nn.Einsum((3, 6), "bti,oi->bto"), {}, "write its letters in that order"),
         (nn.Dense(4, param_dtype=jnp.complex64, dtype=jnp.complex64), {}, "only real floating weights"),
     ],

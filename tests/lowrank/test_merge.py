@@ -139,6 +139,12 @@ def test_merging_the_mean_of_clients_factors_is_the_mean_of_their_merged_weights
 def test_adapters_at_the_parameters_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match=r"'pissa' needs the module route: use odjax.lowrank.adapt"):
         parameter_adapter("pissa")
+    with pytest.raises(
+        ValueError, match="dropout= is for the module route, odjax.lowrank.adapt: here there is"
+    ):
+        parameter_adapter(dropout=0.1)
+    with pytest.raises(ValueError, match="cache_sketch= is for the module route"):
+        parameter_adapter("rac", cache_sketch=True)
     with pytest.raises(ValueError, match="selects no leaf"):
         parameter_adapter(where="nothing").init(KEY, PARAMS)
     with pytest.raises(TypeError, match="key must be a typed key"):

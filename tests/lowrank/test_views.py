@@ -269,3 +269,39 @@ def test_identity_5_with_the_singular_vectors_of_the_gradient_it_is_galore(input
         )
         expected, got = (gradient_walk(t, params, loss)["q"]["kernel"] for t in (galore, chain))
         np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("law", ["orthonormal", "gaussian", "coordinate", "cyclic"])
+@pytest.mark.parametrize("side,cached", [("left", False), ("right", False), ("right", True)])
+def test_identity_3_preconditioned_sgd_on_the_factor_is_projected_gradient_descent(law, side, cached):
+    if cached and law in ("coordinate", "cyclic"):
+        return  # refused when the model is adapted
+    gamma, steps = 0.1, 3
+    with jax.enable_x64(True):
+        bare, x, f = problem("heads", 5, 3)
+        model = adapt(
+            bare,
+            rank=2,
+            method="rac",
+            side=side,
+            law=law,
+            alpha=3.0,
+            dtype=jnp.float64,
+            precondition=True,
+            cache_sketch=cached,
+        )
+        params = model.init(KEY, x)["params"]
+        edit = restart(model, every=1)
+        walk = factor_walk(
+            model, params, lambda p: f(model.apply({"params": p}, x)), optax.sgd(gamma), edit, steps
+        )["q"]["kernel"]
+        gradient = jax.jit(jax.grad(lambda w: f(bare.apply({"params": {"q": {"kernel": w}}}, x))))
+        w, sizes = params["q"]["kernel"], sizes_of("heads", 5, 3)[1]
+        leaves = {k: v for k, v in params["q"].items() if k in ("lora_a", "lora_b")}
+        for t in range(steps):
+            leaves["lora_sketch"] = params["q"]["lora_sketch"].at[2].set(t)
+            q = np.asarray(frozen_half(model.spec, leaves, sizes))
+            q = q.reshape(5, 2) if side == "right" else q.reshape(2, 6).T
+            h, g = q @ np.linalg.pinv(q), np.asarray(gradient(w)).reshape(5, 6)
+            w = w - gamma * jnp.asarray(h @ g if side == "right" else g @ h).reshape(5, 2, 3)
+            np.testing.assert_allclose(walk[t], w, rtol=1e-12, atol=1e-12)
