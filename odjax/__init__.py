@@ -1,7 +1,7 @@
 """odjax: on-device and parameter-efficient learning as small, pure, composable JAX pieces.
 
 The public API in one screen; names are loaded when they are first used. The families are submodules:
-`odjax.continual`, `odjax.lowrank`, `odjax.models`, ...
+`odjax.continual`, `odjax.lowrank`, `odjax.models`, ...; `odjax.io` exchanges weights and adapters.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from odjax.version import __version__ as __version__
 if TYPE_CHECKING:
     from odjax import continual as continual
     from odjax import core as core
+    from odjax import io as io
     from odjax import lowrank as lowrank
     from odjax import models as models
     from odjax.continual.shrink_perturb import shrink_perturb as shrink_perturb
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from odjax.lowrank.gradient import rac_lora as rac_lora
     from odjax.registry import METHODS as METHODS
 
-_FAMILIES = ("continual", "core", "lowrank", "models", "registry")
+_FAMILIES = ("continual", "core", "io", "lowrank", "models", "registry")
 _HOME = {
     "odjax.continual.shrink_perturb": ("shrink_perturb",),
     "odjax.core.edits": ("Edit", "as_transform", "run_edit", "run_edits"),

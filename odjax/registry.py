@@ -91,7 +91,7 @@ METHODS: tuple[Method, ...] = (
         ),
         summary="A chain of random low-rank updates with the convergence of full fine-tuning.",
         api="odjax.lowrank.gradient.rac_lora",
-        proofs=("rac-lora", "rac-lora-theory"),
+        proofs=("rac-lora", "rac-lora-theory", "rac-lora-sst2"),
     ),
     Method(
         slug="lora",

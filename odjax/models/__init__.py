@@ -2,6 +2,7 @@
 
 from odjax.models.attention import Attention, attend, segment_mask
 from odjax.models.axes import ACTIVATION_AXES, PARAMETER_AXES
+from odjax.models.bert import Bert, bert
 from odjax.models.decoder import Decoder, decoder, flops_per_token, parameter_count
 from odjax.models.encoder_decoder import EncoderDecoder, encoder_decoder
 from odjax.models.feedforward import FeedForward, SwiGLU
@@ -18,6 +19,7 @@ __all__ = [
     "PARAMETER_AXES",
     "REMAT_POLICIES",
     "Attention",
+    "Bert",
     "Decoder",
     "EncoderDecoder",
     "FeedForward",
@@ -28,6 +30,7 @@ __all__ = [
     "Tokens",
     "ViT",
     "attend",
+    "bert",
     "decoder",
     "encoder_decoder",
     "flops_per_token",

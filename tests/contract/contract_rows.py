@@ -137,6 +137,15 @@ def _vit(**options: Any) -> Callable[[], Any]:
     return build
 
 
+def _bert(**options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax.models import bert
+
+        return bert("tiny", vocab=16, max_length=8, classes=8, **SMALL, **options), (TOKENS,)
+
+    return build
+
+
 def _encoder_decoder(**options: Any) -> Callable[[], Any]:
     def build():
         from odjax.models import encoder_decoder
@@ -195,6 +204,7 @@ ROWS: tuple[Row, ...] = (
     Row("odjax.models.decoder.Decoder", "module", _decoder(), "scan"),
     Row("odjax.models.decoder.Decoder", "module", _decoder(scan=False, tied=True), "tied"),
     Row("odjax.models.vit.ViT", "module", _vit()),
+    Row("odjax.models.bert.Bert", "module", _bert()),
     Row("odjax.models.encoder_decoder.EncoderDecoder", "module", _encoder_decoder()),
     Row("odjax.models.mlp.MLP", "module", _mlp()),
 )
