@@ -104,8 +104,7 @@ def preconditioned(spec: LowRank, path: str, leaves: Mapping[str, Any], sizes: S
         made = frozen_sketch(spec, leaves, sizes)
     rank = z.shape[n] if right else z.shape[-1]
     inverse = inverse_gram(made, law, size, dims(sizes)[0 if right else 1])
-    inverse = jax.lax.stop_gradient(inverse * scale_of(spec, path, rank) ** -2)
-    change = z - jax.lax.stop_gradient(z)
+    change = (z - jax.lax.stop_gradient(z)) * scale_of(spec, path, rank) ** -2
     if isinstance(inverse, float):
         change = change * inverse
     else:

@@ -7,45 +7,25 @@ from FLORA, arXiv 2402.03293.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
-from odjax.core.keys import check_key, fold_path, fold_step
+from odjax.core.keys import check_key
 from odjax.core.paths import Where, leaves_with_paths, select
 from odjax.lowrank import boundary
 from odjax.lowrank.matrices import (
     STACKED,
     DimensionNumbers,
-    MatrixView,
     check_patterns,
-    from_matrices,
     is_stacked,
     matrix_shape,
-    to_matrices,
     view_of,
 )
-from odjax.lowrank.sketches import (
-    Bernoulli,
-    Coordinates,
-    Law,
-    Scale,
-    Side,
-    Sketch,
-    check_law,
-    check_scale,
-    check_side,
-    column_norm,
-    dense,
-    draw,
-    fixed_side,
-    lift,
-    project,
-)
+from odjax.lowrank.sketches import Bernoulli, Law, Scale, Side, check_law, check_scale, check_side, fixed_side
+from odjax.lowrank.subspace import Leaf, from_factor, prepare, to_factor, turn
 
 _NOT_KERNELS = ("bias", "scale", "embedding", "pos_embedding", "positions", "cls")
 
@@ -58,133 +38,15 @@ class RacLoraState(NamedTuple):
       key: uint32, the data of the key that the sketches are drawn from.
       factors: state of the inner transform for {path: factor} of the adapted leaves.
       rest: state of the inner transform for the other leaves, full-shaped.
+      sketches: {path: sketch of this block [*batch, dim, rank], or its coordinates [*batch, rank]} with
+        `cache_sketch`; empty without.
     """
 
     count: jax.Array
     key: jax.Array
     factors: Any
     rest: Any
-
-
-class _Leaf(NamedTuple):
-    """What is fixed about an adapted leaf."""
-
-    path: str
-    shape: tuple[int, ...]
-    view: MatrixView
-    rank: int
-    side: Literal["left", "right"] | Bernoulli
-    law: Law
-    scale: Scale
-    dtype: DTypeLike
-
-    def dim(self, side: str) -> int:
-        _, inputs, outputs = matrix_shape(self.shape, self.view)
-        return outputs if side == "left" else inputs
-
-    def factor_shape(self) -> tuple[int, ...]:
-        batch, inputs, outputs = matrix_shape(self.shape, self.view)
-        if isinstance(self.side, Bernoulli):
-            return (*batch, self.rank, max(inputs, outputs))
-        if self.side == "left":
-            return (*batch, *(self.shape[axis] for axis in self.view.inputs), self.rank)
-        return (*batch, self.rank, *(self.shape[axis] for axis in self.view.outputs))
-
-    def draw(self, key: jax.Array, block: jax.Array, side: str) -> Sketch:
-        batch, _, _ = matrix_shape(self.shape, self.view)
-        return draw(
-            *(key, block, self.path, self.dim(side), self.rank, self.law, self.dtype),
-            batch=batch,
-            scale=self.scale,
-        )
-
-
-def _inverse_gram(made: Sketch, leaf: _Leaf, side: str) -> jax.Array | float:
-    """(Q^T Q)^+, a number where it is a multiple of the identity."""
-    norm2 = column_norm(leaf.scale, leaf.dim(side)) ** 2
-    if isinstance(made, Coordinates) or leaf.law == "orthonormal":
-        return 1.0 / norm2
-    gram = jnp.matmul(jnp.swapaxes(made, -1, -2), made, precision=jax.lax.Precision.HIGHEST)
-    inverse = jnp.linalg.pinv(gram * jnp.asarray(1.0 / norm2, gram.dtype), hermitian=True)
-    return inverse * jnp.asarray(1.0 / norm2, gram.dtype)
-
-
-def _down(leaf: _Leaf, made: Sketch, matrices: jax.Array, side: str, s: float, precondition: bool) -> Any:
-    """The factor's gradient s project(Q, G), as a stack of matrices."""
-    z = project(made, matrices, side) * jnp.asarray(s, matrices.dtype)
-    if not precondition:
-        return z
-    inverse = _inverse_gram(made, leaf, side)
-    if isinstance(inverse, float):
-        return z * jnp.asarray(inverse, z.dtype)
-    return jnp.matmul(*((z, inverse) if side == "left" else (inverse, z)), precision="highest")
-
-
-class _Coin(NamedTuple):
-    """A leaf's sketches in a block whose side is drawn: only the one that is needed is made, in a branch."""
-
-    left: jax.Array
-    key: jax.Array
-    block: jax.Array
-
-
-def _prepare(leaf: _Leaf, key: jax.Array, block: jax.Array) -> Sketch | _Coin:
-    if isinstance(leaf.side, Bernoulli):
-        coin = fold_path(fold_path(fold_step(key, block), leaf.path), "side")
-        return _Coin(jax.random.bernoulli(coin, leaf.side.p), key, block)
-    return leaf.draw(key, block, leaf.side)
-
-
-def _to_factor(leaf: _Leaf, made: Sketch | _Coin, g: jax.Array, s: float, precondition: bool) -> jax.Array:
-    matrices = to_matrices(g, leaf.view).astype(leaf.dtype)
-    if not isinstance(made, _Coin):
-        return _down(leaf, made, matrices, leaf.side, s, precondition).reshape(leaf.factor_shape())
-
-    def one(side: str) -> Callable[[], jax.Array]:
-        def run() -> jax.Array:
-            z = _down(leaf, leaf.draw(made.key, made.block, side), matrices, side, s, precondition)
-            z = jnp.swapaxes(z, -1, -2) if side == "left" else z
-            return jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(0, leaf.factor_shape()[-1] - z.shape[-1])])
-
-        return run
-
-    return jax.lax.cond(made.left, one("left"), one("right"))
-
-
-def _from_factor(leaf: _Leaf, made: Sketch | _Coin, z: jax.Array, s: float) -> jax.Array:
-    batch, inputs, outputs = matrix_shape(leaf.shape, leaf.view)
-    if isinstance(made, _Coin):
-
-        def one(side: str) -> Callable[[], jax.Array]:
-            def run() -> jax.Array:
-                part = z[..., : inputs if side == "left" else outputs]
-                part = jnp.swapaxes(part, -1, -2) if side == "left" else part
-                return lift(leaf.draw(made.key, made.block, side), part, side)
-
-            return run
-
-        full = jax.lax.cond(made.left, one("left"), one("right"))
-    else:
-        shape = (inputs, leaf.rank) if leaf.side == "left" else (leaf.rank, outputs)
-        full = lift(made, z.reshape(*batch, *shape), leaf.side)
-    return from_matrices(full * jnp.asarray(s, full.dtype), leaf.view, leaf.shape)
-
-
-def _turn(leaf: _Leaf, key: jax.Array, block: jax.Array, moment: jax.Array, squared: bool) -> jax.Array:
-    """R M, or (R * R) V, with R = Q_new^T Q_old / (norm of the columns)^2."""
-    old, new = (dense(leaf.draw(key, b, leaf.side), leaf.dtype) for b in (block - 1, block))
-    r = jnp.matmul(jnp.swapaxes(new, -1, -2), old, precision="highest")
-    r = r * jnp.asarray(1.0 / column_norm(leaf.scale, leaf.dim(leaf.side)) ** 2, r.dtype)
-    r = r * r if squared else r
-    batch, inputs, outputs = matrix_shape(leaf.shape, leaf.view)
-    shape = (inputs, leaf.rank) if leaf.side == "left" else (leaf.rank, outputs)
-    z = moment.reshape(*batch, *shape).astype(leaf.dtype)
-    turned = (
-        jnp.matmul(z, jnp.swapaxes(r, -1, -2), precision="highest")
-        if leaf.side == "left"
-        else jnp.matmul(r, z, precision="highest")
-    )
-    return turned.reshape(moment.shape)
+    sketches: Any = ()
 
 
 def _whole(name: str, value: Any) -> None:
@@ -226,6 +88,7 @@ def rac_lora(
     precondition: bool = False,
     alpha: float | None = None,
     clip_rank: bool = False,
+    cache_sketch: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs an optimizer in a random low-rank subspace that is drawn anew every `block_steps` updates.
 
@@ -268,6 +131,9 @@ def rac_lora(
         gradient descent with rate gamma for every law.
       alpha: s = alpha / rank; None is alpha = rank, s = 1.
       clip_rank: lower the rank of a leaf to its smaller side instead of an error.
+      cache_sketch: keep the sketches of the block in the state, dim x rank numbers a matrix (rank ones for
+        "coordinate" and "cyclic"), and draw in the first update of a block only, in a branch; otherwise
+        they are drawn in every update and take no memory between updates. The numbers are the same.
 
     Returns:
       A transform with state `RacLoraState`. Updates have the dtype of the gradients; factors are float32
@@ -308,6 +174,8 @@ def rac_lora(
     boundary.check_boundary(on_boundary)
     if on_boundary == "rotate" and isinstance(side, Bernoulli):
         raise ValueError("on_boundary='rotate' needs one side: use side='auto' or on_boundary='reset'")
+    if cache_sketch and isinstance(side, Bernoulli):
+        raise ValueError("cache_sketch=True needs one side: use side='auto' or cache_sketch=False")
     if alpha is not None and not 0 < alpha < float("inf"):
         raise ValueError(f"alpha must be a positive number or None, got {alpha!r}")
     inner = optax.with_extra_args_support(inner)
@@ -329,7 +197,7 @@ def rac_lora(
             )
         return hits
 
-    def leaf_of(path: str, leaf: Any) -> _Leaf:
+    def leaf_of(path: str, leaf: Any) -> Leaf:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"rac_lora cannot adapt {path!r}, which is {leaf.dtype}: narrow where= to real floats"
@@ -343,18 +211,18 @@ def rac_lora(
             )
         at = side if isinstance(side, Bernoulli) else fixed_side(side, inputs, outputs)
         dtype = leaf.dtype if leaf.dtype.itemsize > 4 else jnp.float32
-        return _Leaf(path, tuple(leaf.shape), view, min(rank, inputs, outputs), at, law, scale, dtype)
+        return Leaf(path, tuple(leaf.shape), view, min(rank, inputs, outputs), at, law, scale, dtype)
 
-    def plan(tree: Any) -> list[_Leaf | None]:
+    def plan(tree: Any) -> list[Leaf | None]:
         leaves = leaves_with_paths(tree)
         check_patterns(dimension_numbers, [path for path, _ in leaves])
         hits = chosen(tree, leaves)
         return [leaf_of(*item) if hit else None for item, hit in zip(leaves, hits, strict=True)]
 
-    def strength(leaf: _Leaf) -> float:
+    def strength(leaf: Leaf) -> float:
         return 1.0 if alpha is None else alpha / leaf.rank
 
-    def rest_of(tree: Any, leaves: list[_Leaf | None]) -> Any:
+    def rest_of(tree: Any, leaves: list[Leaf | None]) -> Any:
         flat, structure = jax.tree.flatten(tree)
         return structure.unflatten(
             [optax.MaskedNode() if leaf else x for x, leaf in zip(flat, leaves, strict=True)]
@@ -364,17 +232,36 @@ def rac_lora(
         # A copy: a loop that donates the state must not take the caller's key with it.
         count, data = jnp.zeros([], jnp.int32), jnp.array(jax.random.key_data(key), copy=True)
         if not jax.tree.leaves(params):  # a placeholder of optax.tree.map_params
-            return RacLoraState(count, data, inner.init(params), inner.init(params))
+            held = params if cache_sketch else ()
+            return RacLoraState(count, data, inner.init(params), inner.init(params), held)
         leaves = plan(params)
         factors = {leaf.path: jnp.zeros(leaf.factor_shape(), leaf.dtype) for leaf in leaves if leaf}
         shapes = {path: jax.ShapeDtypeStruct(z.shape, z.dtype) for path, z in factors.items()}
         _check_inner(inner, shapes)
         state = inner.init(factors)
         boundary.check_state(state, factors, on_boundary)
-        return RacLoraState(count, data, state, inner.init(rest_of(params, leaves)))
+        held = {}
+        if cache_sketch:  # the first update draws them
+            for leaf in filter(None, leaves):
+                made = jax.eval_shape(lambda leaf=leaf: leaf.stored(key, 0))
+                held[leaf.path] = jnp.zeros(made.shape, made.dtype)
+        return RacLoraState(count, data, state, inner.init(rest_of(params, leaves)), held or ())
+
+    def sketches_of(state: RacLoraState, adapted: dict[str, Leaf], key: jax.Array) -> tuple[Any, Any]:
+        """The sketches of this block, and what is kept of them."""
+        block = state.count // block_steps
+        if not cache_sketch:
+            return {path: prepare(leaf, key, block) for path, leaf in adapted.items()}, ()
+        held = jax.lax.cond(
+            state.count % block_steps == 0,
+            lambda _: {path: leaf.stored(key, block) for path, leaf in adapted.items()},
+            lambda old: old,
+            state.sketches,
+        )
+        return {path: leaf.loaded(held[path]) for path, leaf in adapted.items()}, held
 
     def renewed(
-        state: RacLoraState, factors: dict[str, jax.Array], adapted: dict[str, _Leaf], key: jax.Array
+        state: RacLoraState, factors: dict[str, jax.Array], adapted: dict[str, Leaf], key: jax.Array
     ) -> Any:
         """The factors' state, in the coordinates of this block where it begins."""
         begins = (state.count > 0) & (state.count % block_steps == 0)
@@ -386,11 +273,11 @@ def rac_lora(
             )
             return jax.tree.map(lambda new, old: jnp.where(begins, new, old), fresh, state.factors)
 
-        def turn(path: str, moment: jax.Array, squared: bool) -> jax.Array:
-            return _turn(adapted[path], key, state.count // block_steps, moment, squared)
+        def turned(path: str, moment: jax.Array, squared: bool) -> jax.Array:
+            return turn(adapted[path], key, state.count // block_steps, moment, squared)
 
         held = state.factors
-        return jax.lax.cond(begins, lambda s: boundary.rotate(s, factors, turn), lambda s: s, held)
+        return jax.lax.cond(begins, lambda s: boundary.rotate(s, factors, turned), lambda s: s, held)
 
     def update(
         updates: Any, state: RacLoraState, params: Any = None, **extra: Any
@@ -399,10 +286,9 @@ def rac_lora(
         flat, structure = jax.tree.flatten(updates)
         adapted = {leaf.path: leaf for leaf in leaves if leaf}
         run_key = jax.random.wrap_key_data(state.key, impl=impl)
-        block = state.count // block_steps
-        sketches = {path: _prepare(leaf, run_key, block) for path, leaf in adapted.items()}
+        sketches, kept = sketches_of(state, adapted, run_key)
         factors = {
-            leaf.path: _to_factor(leaf, sketches[leaf.path], g, strength(leaf), precondition)
+            leaf.path: to_factor(leaf, sketches[leaf.path], g, strength(leaf), precondition)
             for g, leaf in zip(flat, leaves, strict=True)
             if leaf
         }
@@ -414,13 +300,13 @@ def rac_lora(
             rest, rest_state = inner.update(rest, rest_state, rest_params, **extra)
         others = iter(jax.tree.leaves(rest))
         result = [
-            _from_factor(leaf, sketches[leaf.path], moved[leaf.path], strength(leaf)).astype(g.dtype)
+            from_factor(leaf, sketches[leaf.path], moved[leaf.path], strength(leaf)).astype(g.dtype)
             if leaf
             else next(others)
             for g, leaf in zip(flat, leaves, strict=True)
         ]
         count = optax.safe_increment(state.count)
-        return structure.unflatten(result), RacLoraState(count, state.key, held, rest_state)
+        return structure.unflatten(result), RacLoraState(count, state.key, held, rest_state, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
