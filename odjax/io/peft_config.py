@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -196,6 +197,23 @@ def _named(names: str | list[str], module: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return module in names or any(module.endswith(f".{name}") for name in names)
+
+
+def default_value(values: Mapping[str, Any], preferred: Any) -> Any:
+    """The value that is left out of a pattern: the preferred one if there is any of it, else the commonest.
+
+    Args:
+      values: module -> value.
+      preferred: a value.
+
+    Returns:
+      One of the values.
+
+    Example:
+      >>> default_value({"q": 2, "k": 4, "v": 4}, 8)
+      4
+    """
+    return preferred if preferred in values.values() else Counter(values.values()).most_common(1)[0][0]
 
 
 def shortest_names(targets: list[str], others: list[str]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 from odjax.core import Where, select
 from odjax.core.paths import leaves_with_paths
 from odjax.io.path_map import PathMap, Place, places_of_leaf, tensor_of
-from odjax.io.peft_config import shortest_names
+from odjax.io.peft_config import default_value, shortest_names
 from odjax.io.safetensors import save_safetensors
 from odjax.lowrank.adapt import Adapted
 from odjax.lowrank.factors import Sizes, both, sizes_of
@@ -137,14 +136,14 @@ def export_peft(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     kinds = set()
+    times = 2 if spec.method == "pissa" else 1
     for factors in found:
         for place in factors.places:
             module = _module(place)
             kinds.add(place.pair.kind)
             tensors |= {PREFIX + module + end: value for end, value in _written(place, factors).items()}
             ranks[module] = factors.a.shape[-1]
-            half = ranks[module] // 2 if spec.method == "pissa" else ranks[module]
-            alphas[module] = _alpha(spec, factors.path, half) * (2 if spec.method == "pissa" else 1)
+            alphas[module] = _alpha(spec, factors.path, ranks[module] // times) * times
     known = _known(params, names)
     modules = {name.removesuffix(".weight") for name in known if name.endswith(".weight")}
     saved = _saved(params, names, save, set(ranks))
@@ -161,8 +160,8 @@ def export_peft(
             whole[name] = PREFIX + module + ".base_layer.weight"
     tensors |= {key: tensor_of(*known[name]) for name, key in whole.items()}
 
-    rank = _commonest(ranks)
-    alpha = _commonest(alphas)
+    rank = default_value(ranks, spec.rank * times)
+    alpha = default_value(alphas, None if spec.alpha is None else spec.alpha * times)
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -264,10 +263,6 @@ def _alpha(spec: LowRank, path: str, rank: int) -> float:
     if given is None:  # a scale of 1
         given = math.sqrt(rank) if spec.method == "rslora" else rank
     return int(given) if float(given).is_integer() else float(given)
-
-
-def _commonest(values: Mapping[str, Any]) -> Any:
-    return Counter(values.values()).most_common(1)[0][0]
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

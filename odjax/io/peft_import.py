@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from flax.core.meta import AxisMetadata
 
 from odjax.core.paths import leaves_with_paths
 from odjax.io.path_map import PathMap, Place, places_of_leaf, places_of_module, places_of_tensor
-from odjax.io.peft_config import alpha_and_rank, is_target, read_config
+from odjax.io.peft_config import alpha_and_rank, default_value, is_target, read_config
 from odjax.io.peft_export import CONFIG_FILE, PREFIX, TENSORS_FILE
 from odjax.io.places import from_torch
 from odjax.io.safetensors import load_safetensors
@@ -342,7 +341,8 @@ def _model(
     root = dora and settings["use_rslora"]  # `dora` divides by the rank
     ranks = {path: adapter.rank for path, adapter in first.items()}
     alphas = {path: float(a.alpha * (math.sqrt(a.rank) if root else 1)) for path, a in first.items()}
-    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    rank = default_value(ranks, settings["r"])
+    alpha = default_value(alphas, settings["lora_alpha"])
     dtypes = {leaf.dtype for adapter in first.values() for leaf in adapter.leaves.values()}
     return adapt(
         model,

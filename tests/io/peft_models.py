@@ -1,5 +1,6 @@
 """The Flax models of tests/io/peft_reference.py, with the weights that it wrote."""
 
+import json
 import pathlib
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from odjax.io import BERT_CLASSIFIER, LLAMA, Pair, PathMap, load_safetensors, to_params
+from odjax.io import BERT_CLASSIFIER, LLAMA, Pair, PathMap, load_peft, load_safetensors, to_params
 from odjax.models import Decoder
 from odjax.models.bert import Bert
 
@@ -81,3 +82,18 @@ def base_of(kind: str, *, scan: bool = True, folder: pathlib.Path = FOLDER):
 
 def outputs_of(model: nn.Module, params, kind: str) -> np.ndarray:
     return np.asarray(jax.jit(model.apply)({"params": params}, INPUTS[kind]))
+
+
+def adapted(name):
+    """(adapted model, params) of a committed adapter."""
+    kind = name.split("-")[0]
+    model, base = base_of(kind, scan=name not in UNROLLED)
+    return load_peft(FOLDER / name, model, base, NAMES[kind])
+
+
+def parts(name):
+    """(bare model, base, tensors, config, names) of an adapter, to damage."""
+    kind = name.split("-")[0]
+    model, base = base_of(kind, scan=name not in UNROLLED)
+    config = json.loads((FOLDER / name / "adapter_config.json").read_text())
+    return model, base, load_safetensors(FOLDER / name / "adapter_model.safetensors"), config, NAMES[kind]

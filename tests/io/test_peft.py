@@ -9,27 +9,13 @@ import numpy as np
 import pytest
 
 from odjax.core import leaves_with_paths
-from odjax.io import load_peft, load_safetensors, safetensors_metadata, save_peft
+from odjax.io import load_safetensors, safetensors_metadata, save_peft
 from odjax.io.peft_config import alpha_and_rank, is_target, read_config
 from odjax.lowrank import ADDED, merge
 
-from .peft_models import ADAPTERS, FOLDER, NAMES, UNROLLED, base_of, outputs_of
+from .peft_models import ADAPTERS, FOLDER, NAMES, adapted, base_of, outputs_of, parts
 
 OUTPUTS = load_safetensors(FOLDER / "outputs.safetensors")
-
-
-def adapted(name):
-    kind = name.split("-")[0]
-    model, base = base_of(kind, scan=name not in UNROLLED)
-    return load_peft(FOLDER / name, model, base, NAMES[kind])
-
-
-def parts(name):
-    """(bare model, base, tensors, config, names) of an adapter, to damage."""
-    kind = name.split("-")[0]
-    model, base = base_of(kind, scan=name not in UNROLLED)
-    config = json.loads((FOLDER / name / "adapter_config.json").read_text())
-    return model, base, load_safetensors(FOLDER / name / "adapter_model.safetensors"), config, NAMES[kind]
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -93,7 +79,7 @@ def test_a_bias_of_the_adapter_is_added_to_the_bias_of_the_base():
 
 
 def test_the_base_is_left_as_it_was_and_keeps_its_paths():
-    model, base, *_ = parts("bert-classifier")
+    _, base, *_ = parts("bert-classifier")
     before = jax.tree.map(np.array, base)
     _, params = adapted("bert-classifier")
     jax.tree.map(np.testing.assert_array_equal, base, before)

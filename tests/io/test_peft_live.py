@@ -63,7 +63,7 @@ def exchange(tmp_path_factory):
         model, base = base_of(kind, scan=name != "llama-one", folder=folder)
         model = adapt(model, rank=2, **settings)
         start = init_factors(model, base, jax.random.key(1), INPUTS[kind])
-        params = map_with_path(lambda path, leaf: moved(path, leaf, name), start)
+        params = map_with_path(lambda path, leaf, name=name: moved(path, leaf, name), start)
         options = OPTIONS.get(name, {}) | ({"initial": start} if name == "llama-pissa" else {})
         save_peft(folder / "ours" / name, model, params, NAMES[kind], **options)
         ours[name] = outputs_of(model, params, kind)
