@@ -1,6 +1,7 @@
 """Adapting a run by the command line: start from another one, train factors, restart, merge, go on."""
 
 import json
+import pathlib
 import re
 
 import flax.linen as nn
@@ -8,9 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from odjax.io.safetensors import load_safetensors, safetensors_metadata, save_safetensors
+from odjax.core import leaves_with_paths
+from odjax.io import load_llama, load_safetensors, safetensors_metadata, save_safetensors
 from odjax.lowrank import adapt
+from odjax.models import MLP, decoder
 from odjax_train import cli
+from odjax_train.errors import UserError
 from odjax_train.pretrained import start_from
 
 CONFIG = '''
@@ -110,10 +114,66 @@ def test_merged_numbers_may_be_narrower(odjax, chain, tmp_path):
         np.testing.assert_array_equal(tensor, wide[name].astype(tensor.dtype))
 
 
-def test_a_run_that_is_not_adapted_has_nothing_to_merge(odjax, base):
-    status, _, err = odjax("merge", base)
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_a_run_that_is_not_adapted_has_nothing_to_merge(odjax, base, verb):
+    status, _, err = odjax(verb, base)
     assert status == cli.MISTAKE
-    assert "the run's model, a Decoder, is not adapted: there is nothing to merge" in err
+    assert f"the run's model, a Decoder, is not adapted: there is nothing to {verb}" in err
+
+
+def test_a_chain_is_not_exported_as_its_last_block(odjax, chain):
+    status, _, err = odjax("export", chain)
+    assert status == cli.MISTAKE
+    assert "the run has merged blocks into its weights by step 4" in err
+
+
+def test_an_exported_adapter_is_the_one_that_was_trained(odjax, chain, tmp_path):
+    before = tmp_path / "before"
+    status, out, err = odjax("export", chain, "--step", 2, "--out", before, "--base", "mine")
+    assert status == 0, err
+    assert out == f"step 2 exported: {before}\n"
+    assert json.loads((before / "adapter_config.json").read_text())["base_model_name_or_path"] == "mine"
+    merged, torch = tmp_path / "merged.safetensors", tmp_path / "torch.safetensors"
+    assert odjax("merge", chain, "--step", 2, "--out", merged)[0] == 0
+    assert odjax("merge", chain, "--step", 2, "--out", torch, "--names", "torch")[0] == 0
+    weights, named = load_safetensors(merged), load_safetensors(torch)
+    factors = load_safetensors(before / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(named[f"{name}.weight"], weights["layers/mlp/down/kernel"][1].T)
+    first = load_safetensors(_merged_start(odjax, chain, tmp_path))["layers/mlp/down/kernel"][1].T
+    a, b = (factors[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB")
+    np.testing.assert_allclose(first + b @ a, named[f"{name}.weight"], rtol=1e-5, atol=1e-6)
+
+
+def _merged_start(odjax, chain, folder):
+    """The weights that the chain began with; the base run is not adapted and cannot be merged."""
+    start = json.loads((chain / "run.json").read_text())["arguments"]["start"]
+    params, _ = start_from(pathlib.Path(start), _parameters(), decoder("tiny", max_length=64))
+    path = folder / "start.safetensors"
+    save_safetensors(path, dict(leaves_with_paths(params)))
+    return path
+
+
+def _parameters():
+    model = decoder("tiny", max_length=64)
+    return nn.unbox(model.init(jax.random.key(0), jax.numpy.zeros((1, 4), int))["params"])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_model_starts_from_a_folder_of_hugging_face(scan):
+    folder = pathlib.Path(__file__).parents[1] / "io" / "huggingface" / "llama3"
+    bare, weights = load_llama(folder, scan=scan, max_length=16)
+    model = adapt(bare, rank=1)
+    like = nn.unbox(model.init(jax.random.key(0), jax.numpy.zeros((1, 4), int))["params"])
+    params, text = start_from(folder, like, model)
+    found = dict(leaves_with_paths(params))
+    for path, leaf in leaves_with_paths(weights):
+        np.testing.assert_array_equal(found[path], leaf)
+    assert text.startswith(f"starting from {folder}: ")
+    with pytest.raises(UserError, match="is of another model: rope_theta 10.0 here, 50.0 there"):
+        start_from(folder, like, bare.clone(rope_theta=10.0))
+    with pytest.raises(UserError, match="a MLP cannot be loaded from there, only Decoder, Bert, ViT"):
+        start_from(folder, like, MLP((3, 2)))
 
 
 def test_ranks_are_served_by_dylora_alone(odjax, chain):

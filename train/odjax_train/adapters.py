@@ -1,10 +1,11 @@
-"""What is made of an adapted run: its weights with the factors merged, as one file."""
+"""What is made of an adapted run: its weights with the factors merged, as one file; its adapter, for PEFT."""
 
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +13,21 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from odjax.core import leaves_with_paths
-from odjax.io.safetensors import save_safetensors
+from odjax.io import (
+    BERT,
+    BERT_CLASSIFIER,
+    LLAMA,
+    VIT,
+    VIT_CLASSIFIER,
+    PathMap,
+    save_peft,
+    save_safetensors,
+    to_tensors,
+)
 from odjax.lowrank import merge
 from odjax.lowrank.adapt import Adapted
+from odjax.lowrank.methods import CHAINS
+from odjax.models import Bert, Decoder, ViT
 from odjax_train.distributed import is_main, together
 from odjax_train.errors import UserError
 from odjax_train.run import Loaded
@@ -48,17 +61,78 @@ def merged(loaded: Loaded, *, rank: int | None = None, dtype: DTypeLike | None =
             raise UserError(" ".join(str(error).split())) from error
 
 
+def _adapted(loaded: Loaded, verb: str) -> Adapted:
+    model = loaded.program.experiment.model
+    if not isinstance(model, Adapted):
+        raise UserError(
+            f"the run's model, a {type(model).__name__}, is not adapted: there is nothing to {verb}"
+        )
+    return model
+
+
+def torch_names(model: nn.Module) -> PathMap:
+    """The names that `transformers` gives to the modules of a model, adapted or not.
+
+    Raises:
+        UserError: nobody there has such a model.
+    """
+    bare = model.inner if isinstance(model, Adapted) else model
+    if isinstance(bare, Decoder):
+        return LLAMA
+    if isinstance(bare, Bert):
+        return BERT if bare.classes is None else BERT_CLASSIFIER
+    if isinstance(bare, ViT):
+        return VIT if bare.classes is None else VIT_CLASSIFIER
+    raise UserError(f"a {type(bare).__name__} has no names in PyTorch; a Decoder, a Bert and a ViT have")
+
+
+def export(loaded: Loaded, folder: Path, *, base: str | None = None) -> None:
+    """Writes the factors as an adapter that PEFT loads; one process does.
+
+    Args:
+        loaded: a run of an adapted model.
+        folder: for `adapter_config.json` and `adapter_model.safetensors`.
+        base: name or folder of the weights it belongs to, for its configuration.
+
+    Raises:
+        UserError: the run's model is not adapted or has no names there, a restart has merged factors into the
+            weights so that those of now are not all, or it cannot be written.
+    """
+    model = _adapted(loaded, "export")
+    edits = loaded.program.experiment.edits
+    if model.spec.method in CHAINS and any(
+        edit.due(step) for edit in edits for step in range(1, loaded.step + 1)
+    ):
+        raise UserError(
+            f"the run has merged blocks into its weights by step {loaded.step}: the factors of the last "
+            "block alone are not what it learned; odjax merge writes the weights"
+        )
+    kind = {Decoder: "CAUSAL_LM"}.get(type(model.inner))
+    params = jax.tree.map(_whole, loaded.program.evaluated(loaded.state))
+
+    def save() -> None:
+        try:
+            save_peft(folder, model, params, torch_names(model), base_model=base, task_type=kind)
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot be written: {error.strerror or error}") from error
+        except ValueError as error:
+            raise UserError(" ".join(str(error).split())) from error
+
+    together(lambda: save() if is_main() else None)
+
+
 def _cast(leaf: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     return leaf if dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
 
 
-def write(path: Path, params: Any, metadata: dict[str, str]) -> int:
+def write(path: Path, params: Any, metadata: dict[str, str], names: PathMap | None = None) -> int:
     """Writes parameters by path into one file, whole or not at all; one process does.
 
     Args:
         path: of the file.
         params: arrays of any layout.
         metadata: strings in the file's header.
+        names: in PyTorch; None writes ours.
 
     Returns:
         bytes written.
@@ -66,9 +140,10 @@ def write(path: Path, params: Any, metadata: dict[str, str]) -> int:
     Raises:
         UserError: when it cannot be written.
     """
-    tensors = {name: _whole(leaf) for name, leaf in leaves_with_paths(params)}
+    params = jax.tree.map(_whole, params)
 
     def save() -> None:
+        tensors = dict(leaves_with_paths(params)) if names is None else to_tensors(params, names)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_safetensors(path, tensors, metadata)

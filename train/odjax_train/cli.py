@@ -14,6 +14,7 @@ usage: odjax VERB [...]
   eval RUN                 judge a checkpoint on the held-out data
   generate RUN             continue a text with a trained language model
   merge RUN                put the factors of an adapted run into its weights, one .safetensors file
+  export RUN               write the factors of an adapted run as an adapter that PEFT loads
   report RUN [RUN ...]     one self-contained HTML page with the plots
   methods                  every method: paper, what it is, where to import it, how its proof stands
   reproduce METHOD         a method's small proof: the claim beside what was measured here
@@ -87,6 +88,7 @@ def _verb(name: str) -> Callable[[list[str]], int | None]:
         "eval": commands.evaluate,
         "generate": commands.generate,
         "merge": commands.merge,
+        "export": commands.export,
         "report": commands.report,
         "methods": commands.methods,
         "reproduce": commands.reproduce,

@@ -10,6 +10,7 @@ from odjax_train.errors import UserError
 from odjax_train.flags import (
     DeviceFlags,
     EvalFlags,
+    ExportFlags,
     GenerateFlags,
     MergeFlags,
     NoFlags,
@@ -129,7 +130,7 @@ def merge(arguments: list[str]) -> int:
     options = configs.cli(MergeFlags, flags, "odjax merge RUN", description)
     _prepare(options)
     from odjax.core import format_bytes
-    from odjax_train.adapters import merged, write
+    from odjax_train.adapters import merged, torch_names, write
     from odjax_train.distributed import is_main
     from odjax_train.mesh import MeshShape
     from odjax_train.run import reopen
@@ -138,9 +139,31 @@ def merge(arguments: list[str]) -> int:
     loaded = reopen(Path(folder), step=options.step, best=options.best, mesh=mesh)
     out = options.out or Path(folder) / "merged.safetensors"
     params = merged(loaded, rank=options.rank, dtype=options.dtype)
-    size = write(out, params, {"format": "flax", "run": str(folder), "step": str(loaded.step)})
+    names = torch_names(loaded.program.experiment.model) if options.names == "torch" else None
+    metadata = {"run": str(folder), "step": str(loaded.step)}
+    size = write(out, params, {"format": "pt" if names else "flax", **metadata}, names)
     if is_main():
         print(f"step {loaded.step} merged: {out} ({format_bytes(size)})")
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """`odjax export RUN`."""
+    folder, flags = _first(arguments, "export", "a run's folder")
+    description = "Write the factors of an adapted run as an adapter that PEFT loads."
+    options = configs.cli(ExportFlags, flags, "odjax export RUN", description)
+    _prepare(options)
+    from odjax_train import adapters
+    from odjax_train.distributed import is_main
+    from odjax_train.mesh import MeshShape
+    from odjax_train.run import reopen
+
+    mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
+    loaded = reopen(Path(folder), step=options.step, best=options.best, mesh=mesh)
+    out = options.out or Path(folder) / "adapter"
+    adapters.export(loaded, out, base=options.base)
+    if is_main():
+        print(f"step {loaded.step} exported: {out}")
     return 0
 
 

@@ -80,6 +80,22 @@ class MergeFlags(DeviceFlags):
     """Of the file's numbers; that of the parameters when not given."""
     rank: int | None = None
     """dylora: serve the first so many ranks."""
+    names: Literal["flax", "torch"] = "flax"
+    """Of the file's arrays: paths in our model, or the names that transformers gives them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFlags(DeviceFlags):
+    """What to export."""
+
+    out: Path | None = None
+    """The folder; adapter in the run's folder when not given."""
+    base: str | None = None
+    """Name or folder of the weights that the adapter belongs to, written into its configuration."""
+    step: int | None = None
+    """Which checkpoint; the newest one when not given."""
+    best: bool = False
+    """The best checkpoint instead."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Starting from the parameters of another run."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,32 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from odjax import lowrank
 from odjax.core import leaves_with_paths
+from odjax.io.huggingface import load_bert, load_llama, load_vit
 from odjax.io.safetensors import load_safetensors
 from odjax.lowrank.adapt import Adapted
 from odjax.lowrank.factors import LEAVES
+from odjax.models import Bert, Decoder, ViT
 from odjax_train import run_folder
 from odjax_train.checkpoints import Checkpoints
 from odjax_train.errors import UserError
 from odjax_train.stored import fingerprints
+
+# Model -> how it is loaded, and which of its attributes the folder need not decide.
+_LOADERS = {
+    Decoder: (load_llama, ("max_length",)),
+    Bert: (load_bert, ("max_length", "classes")),
+    ViT: (load_vit, ("classes",)),
+}
+_NOT_ARCHITECTURE = {
+    *("max_length", "classes", "pool", "pooling", "normalize", "dropout", "drop_path"),
+    *("attention", "remat", "scan", "dtype", "param_dtype", "head", "parent", "name"),
+}
 
 
 def start_from(source: Path, params: Any, model: nn.Module) -> tuple[Any, str]:
@@ -28,8 +43,9 @@ def start_from(source: Path, params: Any, model: nn.Module) -> tuple[Any, str]:
     start from the weights (PiSSA, DoRA) are set from those taken over.
 
     Args:
-        source: the other run's folder, whose newest checkpoint is read, or a `.safetensors` file of
-            parameters by path, such as `odjax merge` writes.
+        source: the other run's folder, whose newest checkpoint is read; a `.safetensors` file of parameters
+            by path, such as `odjax merge` writes; or a folder of Hugging Face (`config.json` and safetensors)
+            of a decoder, a BERT or a ViT, which every process reads whole.
         params: the new model's parameters, already laid out.
         model: the new model.
 
@@ -41,8 +57,12 @@ def start_from(source: Path, params: Any, model: nn.Module) -> tuple[Any, str]:
             does not have with that shape.
     """
     mine = dict(leaves_with_paths(params))
-    read = _from_file if source.suffix == ".safetensors" else _from_run
-    taken, name = read(source, mine)
+    if source.suffix == ".safetensors":
+        taken, name = _from_file(source, mine)
+    elif (source / "config.json").is_file() and not (source / "run.json").exists():
+        taken, name = _from_huggingface(source, mine, model)
+    else:
+        taken, name = _from_run(source, mine)
     taken = {path: array.astype(mine[path].dtype) for path, array in taken.items()}
     new = [path for path in mine if path not in taken]
     text = f"starting from {name}: {len(taken)} parameters taken over"
@@ -87,13 +107,52 @@ def _from_file(path: Path, mine: Mapping[str, jax.Array]) -> tuple[dict[str, jax
         tensors = load_safetensors(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    return _placed(path, tensors, mine), str(path)
+
+
+def _from_huggingface(
+    folder: Path, mine: Mapping[str, jax.Array], model: nn.Module
+) -> tuple[dict[str, jax.Array], str]:
+    bare = model.inner if isinstance(model, Adapted) else model
+    if type(bare) not in _LOADERS:
+        known = ", ".join(kind.__name__ for kind in _LOADERS)
+        raise UserError(f"{folder}: a {type(bare).__name__} cannot be loaded from there, only {known}")
+    load, kept = _LOADERS[type(bare)]
+    try:
+        loaded, params = load(folder, **{name: getattr(bare, name) for name in ("scan", *kept)})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be read: {error}") from error
+    wrong = [
+        f"{field.name} {_resolved(bare, field.name)!r} here, {_resolved(loaded, field.name)!r} there"
+        for field in dataclasses.fields(bare)
+        if field.name not in _NOT_ARCHITECTURE
+        and _resolved(bare, field.name) != _resolved(loaded, field.name)
+    ]
+    if wrong:
+        raise UserError(f"{folder} is of another model: {'; '.join(wrong)}")
+    return _placed(folder, dict(leaves_with_paths(params)), mine), str(folder)
+
+
+def _resolved(model: nn.Module, name: str) -> Any:
+    """An attribute, or what stands for it where it is None."""
+    value = getattr(model, name)
+    if value is None and name == "mlp_width":
+        return 4 * model.width
+    if value is None and name in ("kv_heads", "head_dim"):
+        return model.heads if name == "kv_heads" else model.width // model.heads
+    return value
+
+
+def _placed(
+    source: Path, tensors: Mapping[str, np.ndarray], mine: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Each tensor laid out like its parameter; a process reads what its devices hold."""
     for name, tensor in tensors.items():
-        _check(path, name, tensor.shape, mine)
-    taken = {
+        _check(source, name, tensor.shape, mine)
+    return {
         name: jax.make_array_from_callback(tensor.shape, mine[name].sharding, tensor.__getitem__)
         for name, tensor in tensors.items()
     }
-    return taken, str(path)
 
 
 def _check(source: Path, name: str, shape: tuple[int, ...], mine: Mapping[str, jax.Array]) -> None:
