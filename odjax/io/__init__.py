@@ -7,6 +7,7 @@ from odjax.io.huggingface import VIT_CLASSIFIER as VIT_CLASSIFIER
 from odjax.io.huggingface import load_bert as load_bert
 from odjax.io.huggingface import load_llama as load_llama
 from odjax.io.huggingface import load_vit as load_vit
+from odjax.io.names import names_of as names_of
 from odjax.io.path_map import LLAMA as LLAMA
 from odjax.io.path_map import Pair as Pair
 from odjax.io.path_map import PathMap as PathMap

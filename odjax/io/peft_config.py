@@ -213,7 +213,8 @@ def default_value(values: Mapping[str, Any], preferred: Any) -> Any:
       >>> default_value({"q": 2, "k": 4, "v": 4}, 8)
       4
     """
-    return preferred if preferred in values.values() else Counter(values.values()).most_common(1)[0][0]
+    commonest = Counter(values.values()).most_common(1)[0][0]
+    return next((value for value in values.values() if value == preferred), commonest)
 
 
 def shortest_names(targets: list[str], others: list[str]) -> list[str]:

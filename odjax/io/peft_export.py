@@ -15,6 +15,7 @@ from odjax.core import Where, select
 from odjax.core.paths import leaves_with_paths
 from odjax.io.path_map import PathMap, Place, places_of_leaf, tensor_of
 from odjax.io.peft_config import default_value, shortest_names
+from odjax.io.places import in_flax
 from odjax.io.safetensors import save_safetensors
 from odjax.lowrank.adapt import Adapted
 from odjax.lowrank.factors import Sizes, both, sizes_of
@@ -145,19 +146,14 @@ def export_peft(
             ranks[module] = factors.a.shape[-1]
             alphas[module] = _alpha(spec, factors.path, ranks[module] // times) * times
     known = _known(params, names)
-    modules = {name.removesuffix(".weight") for name in known if name.endswith(".weight")}
     saved = _saved(params, names, save, set(ranks))
     whole = {name: PREFIX + name for name in saved}
-    for name in known:
+    for name, (place, _) in known.items():
         module, _, leaf = name.rpartition(".")
-        if (
-            leaf == "bias"
-            and name not in saved
-            and (bias == "all" or (bias == "lora_only" and module in ranks))
-        ):
-            whole[name] = PREFIX + module + (".base_layer.bias" if module in ranks else ".bias")
-        if tables and leaf == "weight" and module in ranks and known[name][0].pair.kind == "embedding":
-            whole[name] = PREFIX + module + ".base_layer.weight"
+        if leaf == "bias" and name not in saved and (bias == "all" or (module in ranks and bias != "none")):
+            whole[name] = f"{PREFIX}{module}.base_layer.bias" if module in ranks else PREFIX + name
+        if tables and leaf == "weight" and module in ranks and place.pair.kind == "embedding":
+            whole[name] = f"{PREFIX}{module}.base_layer.weight"
     tensors |= {key: tensor_of(*known[name]) for name, key in whole.items()}
 
     rank = default_value(ranks, spec.rank * times)
@@ -169,7 +165,7 @@ def export_peft(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": shortest_names(list(ranks), sorted(modules - set(ranks))),
+        "target_modules": shortest_names(list(ranks), _others(names, known, ranks)),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -288,6 +284,13 @@ def _known(params: Any, names: PathMap) -> dict[str, tuple[Place, Any]]:
         if not re.fullmatch(ADDED, path)
         for place in places_of_leaf(names, path, leaf.shape)
     }
+
+
+def _others(names: PathMap, known: Mapping[str, Any], adapted: Mapping[str, Any]) -> list[str]:
+    """The modules of the PyTorch model that are not adapted, also those that only the map knows."""
+    modules = {name.rpartition(".")[0] for name in known}
+    absent = [pair.torch for pair in names.pairs if not any(in_flax(pair, module) for module in modules)]
+    return sorted(modules - set(adapted)) + absent
 
 
 def _saved(params: Any, names: PathMap, save: Where | None, adapted: set[str]) -> list[str]:

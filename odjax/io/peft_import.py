@@ -278,7 +278,7 @@ def _replacements(
         if value is None or (place.index is not None and place.index >= leaf.shape[0]):
             faults.append(f"{name} {list(tensor.shape)} does not fit {place.flax} {list(leaf.shape)}")
         elif place.index is None:
-            new[place.flax] = _on_device(place.flax, value)
+            new[place.flax] = value
         else:
             held = np.asarray(new.get(place.flax, leaf))
             held = held.astype(np.promote_types(held.dtype, value.dtype))  # neither side loses digits

@@ -7,12 +7,15 @@ Needs torch, transformers, peft and safetensors. `tests/io/peft` is what `make` 
 5.23 and peft 0.21.2.
 """
 
+import json
 import pathlib
 import sys
 import warnings
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -157,7 +160,10 @@ def loaded(folder: pathlib.Path, kind: str) -> torch.nn.Module:
 
 
 def serve(folder: pathlib.Path) -> None:
-    """Outputs of `ours/*` into ours.safetensors; what PEFT writes of them again, into `again/*`."""
+    """Outputs of `ours/*` into ours.safetensors; what PEFT writes of them again, into `again/*`.
+
+    And what its rules say of every setting and module in rules.json, into answers.json.
+    """
     outputs = {}
     for adapter in sorted((folder / "ours").iterdir()):
         kind = adapter.name.split("-")[0]
@@ -165,6 +171,20 @@ def serve(folder: pathlib.Path) -> None:
         outputs[adapter.name] = logits(kind, model)
         model.save_pretrained(folder / "again" / adapter.name)
     save_file(outputs, folder / "ours.safetensors")
+    asked = json.loads((folder / "rules.json").read_text())
+    answers = [[rules(settings, module) for module in asked["modules"]] for settings in asked["settings"]]
+    (folder / "answers.json").write_text(json.dumps(answers))
+
+
+def rules(settings: dict, module: str) -> tuple[bool, int, int]:
+    """Whether a module is a target, its rank and its alpha."""
+    config = LoraConfig(**settings)
+    found = check_target_module_exists(config, module)
+    rank, alpha = (
+        pattern.get(get_pattern_key(pattern.keys(), module), default)
+        for pattern, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+    )
+    return bool(found), rank, alpha
 
 
 if __name__ == "__main__":

@@ -185,6 +185,31 @@ def test_settings_in_the_config(pairs, settings, expected):
             assert is_target(read, module)
 
 
+def test_a_module_that_only_the_map_knows_is_no_target(pairs):
+    """BERT's "dense" would also be the pooler of a PyTorch model whose Flax twin has none."""
+    model, params = factored(pairs, rank=2, where="deep_fc/kernel")
+    bare = {"deep_fc": params["deep_fc"]}
+    for other, expected in (("fc", ["deep.fc"]), ("pooler", ["fc"])):
+        names = PathMap((Pair("deep.fc", "deep_fc"), Pair(f"side.{other}", "side")))
+        assert export_peft(model, bare, names)[1]["target_modules"] == expected
+
+
+def test_axis_names_stay_around_the_weights_of_the_base():
+    model = model_of("llama")
+    boxed = jax.jit(model.init)(jax.random.key(0), INPUTS["llama"])["params"]
+    adapted = adapt(model, rank=2, where="layers/attn/q/kernel|embed/embedding")
+    params = init_factors(adapted, boxed, jax.random.key(1), INPUTS["llama"])
+    tensors, config = export_peft(adapted, params, NAMES["llama"], save="lm_head/.*", tables=True)
+    _, found = import_peft(model, boxed, tensors, config, NAMES["llama"])
+    for path in ("embed/embedding", "lm_head/kernel", "layers/attn/q/kernel"):
+        *folders, name = path.split("/")
+        new, old = found, boxed
+        for folder in folders:
+            new, old = new[folder], old[folder]
+        assert new[name].names == old[name].names
+    assert_same_bits(nn.unbox(found), nn.unbox(params))
+
+
 def test_a_target_whose_name_ends_like_another_keeps_its_own_rank_in_peft():
     """PEFT's own rule: the pattern "fc" also means "deep.fc", "^fc" does not."""
     assert pattern_value({"fc": 1}, "deep.fc", 2) == 1

@@ -1,6 +1,7 @@
 """Adapters exchanged with the PEFT that is installed, both ways; skipped without torch, transformers and peft."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from odjax.core import fold_path, map_with_path
 from odjax.io import load_peft, load_safetensors, save_peft
+from odjax.io.peft_config import alpha_and_rank, is_target, read_config
 from odjax.lowrank import FACTORS, adapt, init_factors
 
 from .peft_models import ADAPTERS, FOLDER, INPUTS, NAMES, UNROLLED, base_of, outputs_of
@@ -43,6 +45,42 @@ OURS = {
 OPTIONS = {"bert-asym": {"save": "head/.*", "task_type": "SEQ_CLS", "bias": "lora_only"}}
 
 
+MODULES = [
+    "fc",
+    "deep.fc",
+    "lm_head",
+    *(
+        f"model.layers.{i}.{name}"
+        for i in (0, 1, 10)
+        for name in ("self_attn.q_proj", "mlp.experts.1.up_proj")
+    ),
+    "bert.encoder.layer.1.attention.output.dense",
+    "bert.pooler.dense",
+]
+TARGETS = [
+    ["q_proj"],
+    ["fc", "up_proj"],
+    ["dense", "lm_head"],
+    ["model.layers.1.self_attn.q_proj"],
+    r".*\.(q_proj|dense)",
+]
+RULES = [
+    {"target_modules": targets, "rank_pattern": pattern, "alpha_pattern": pattern, **more}
+    for targets in TARGETS
+    for pattern in ({}, {"fc": 3, ".*": 5}, {"^fc": 3, r"layers\.1.*": 4}, {"q_proj": 2, "output.dense": 6})
+    for more in (
+        {},
+        {"exclude_modules": ["pooler.dense", "fc"]},
+        {"exclude_modules": r".*\.1\..*"},
+        {"modules_to_save": ["lm_head", "experts"]},
+        {"layers_to_transform": [1, 10]},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"layers_to_transform": [1], "layers_pattern": ["layer", "experts"]},
+    )
+    if isinstance(targets, list) or "layers_to_transform" not in more  # PEFT refuses these
+]
+
+
 def script(command, folder):
     file = pathlib.Path(__file__).with_name("peft_reference.py")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -67,6 +105,7 @@ def exchange(tmp_path_factory):
         options = OPTIONS.get(name, {}) | ({"initial": start} if name == "llama-pissa" else {})
         save_peft(folder / "ours" / name, model, params, NAMES[kind], **options)
         ours[name] = outputs_of(model, params, kind)
+    (folder / "rules.json").write_text(json.dumps({"settings": RULES, "modules": MODULES}))
     script("serve", folder)
     return folder, ours
 
@@ -118,3 +157,15 @@ def test_peft_reads_every_tensor_that_is_written_here_and_writes_it_again(exchan
     assert all(key.endswith(".base_layer.weight") for key in set(again) - set(ours))
     for key, tensor in ours.items():
         np.testing.assert_array_equal(tensor, again[key].astype(tensor.dtype), err_msg=key)
+
+
+def test_targets_ranks_and_alphas_are_those_of_the_rules_of_peft(exchange):
+    answers = json.loads((exchange[0] / "answers.json").read_text())
+    seen = set()
+    for settings, row in zip(RULES, answers, strict=True):
+        config = read_config({"peft_type": "LORA", **settings})
+        for module, (target, rank, alpha) in zip(MODULES, row, strict=True):
+            assert is_target(config, module) is target, (settings, module)
+            assert alpha_and_rank(config, module) == (alpha, rank), (settings, module)
+            seen.add((target, rank))
+    assert {target for target, _ in seen} == {True, False}
