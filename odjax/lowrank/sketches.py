@@ -226,7 +226,8 @@ def draw(
         return Coordinates(jnp.broadcast_to(index, (*batch, rank)), norm, dim)
     keys = jax.random.split(fold_path(fold_step(key, block), path), math.prod(batch))
     if law == "coordinate":
-        index = jax.vmap(lambda k: jax.lax.top_k(jax.random.bits(k, (dim,)), rank)[1])(keys)
+        # Of floats: the top of integers takes three times as long on a CPU.
+        index = jax.vmap(lambda k: jax.lax.top_k(jax.random.uniform(k, (dim,)), rank)[1])(keys)
         return Coordinates(jnp.sort(index, axis=-1).reshape(*batch, rank), norm, dim)
 
     def one(key: jax.Array) -> jax.Array:
@@ -325,10 +326,14 @@ def project(made: Sketch, matrices: jax.Array, side: FixedSide) -> jax.Array:
       [[3.0], [3.0]]
     """
     if isinstance(made, Coordinates):
-        axis = -1 if side == "left" else -2
-        index = jnp.expand_dims(made.index, -2 if side == "left" else -1)
-        picked = jnp.take_along_axis(matrices, index, axis, mode="promise_in_bounds")
-        return picked * jnp.asarray(made.size, matrices.dtype)
+
+        def pick(index: jax.Array, g: jax.Array) -> jax.Array:
+            rows = g.at[:, index] if side == "left" else g.at[index]
+            return rows.get(mode="promise_in_bounds", unique_indices=True)
+
+        for _ in range(matrices.ndim - 2):
+            pick = jax.vmap(pick)
+        return pick(made.index, matrices) * jnp.asarray(made.size, matrices.dtype)
     if side == "left":
         return _matmul(matrices, made)
     return _matmul(jnp.swapaxes(made, -1, -2), matrices)
@@ -353,10 +358,12 @@ def lift(made: Sketch, factor: jax.Array, side: FixedSide) -> jax.Array:
         factor = factor * jnp.asarray(made.size, factor.dtype)
 
         def place(index: jax.Array, z: jax.Array) -> jax.Array:
-            z = z.T if side == "left" else z
-            rows = jnp.zeros((made.dim, z.shape[1]), z.dtype)
-            rows = rows.at[index].add(z, mode="promise_in_bounds", unique_indices=True)
-            return rows.T if side == "left" else rows
+            shape, at = (
+                ((z.shape[0], made.dim), (slice(None), index))
+                if side == "left"
+                else ((made.dim, z.shape[1]), (index, slice(None)))
+            )
+            return jnp.zeros(shape, z.dtype).at[at].set(z, mode="promise_in_bounds", unique_indices=True)
 
         for _ in range(factor.ndim - 2):
             place = jax.vmap(place)
