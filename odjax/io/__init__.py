@@ -1,12 +1,13 @@
 """Exchange with other programs: safetensors files, names of PyTorch models, PEFT adapters."""
 
-from odjax.io.huggingface import BERT as BERT
-from odjax.io.huggingface import BERT_CLASSIFIER as BERT_CLASSIFIER
-from odjax.io.huggingface import VIT as VIT
-from odjax.io.huggingface import VIT_CLASSIFIER as VIT_CLASSIFIER
 from odjax.io.huggingface import load_bert as load_bert
 from odjax.io.huggingface import load_llama as load_llama
 from odjax.io.huggingface import load_vit as load_vit
+from odjax.io.model_names import BERT as BERT
+from odjax.io.model_names import BERT_CLASSIFIER as BERT_CLASSIFIER
+from odjax.io.model_names import DINOV2 as DINOV2
+from odjax.io.model_names import VIT as VIT
+from odjax.io.model_names import VIT_CLASSIFIER as VIT_CLASSIFIER
 from odjax.io.names import names_of as names_of
 from odjax.io.path_map import LLAMA as LLAMA
 from odjax.io.path_map import Pair as Pair

@@ -1,10 +1,10 @@
-"""Which names of PyTorch a model's parameters have."""
+"""Which names of `transformers` the parameters of our models have."""
 
 from __future__ import annotations
 
 import flax.linen as nn
 
-from odjax.io.huggingface import BERT, BERT_CLASSIFIER, VIT, VIT_CLASSIFIER
+from odjax.io.model_names import BERT, BERT_CLASSIFIER, DINOV2, DINOV2_SWIGLU, VIT, with_head
 from odjax.io.path_map import LLAMA, PathMap
 from odjax.lowrank.adapt import Adapted
 from odjax.models.bert import Bert
@@ -17,7 +17,8 @@ def names_of(model: nn.Module) -> PathMap:
 
     Args:
       model: a `Decoder` (LlamaForCausalLM), `Bert` (BertModel, with classes BertForSequenceClassification) or
-        `ViT` without LayerScale (ViTModel, ViTForImageClassification), adapted or bare.
+        `ViT` (ViTModel or, with LayerScale, Dinov2Model; with classes the models for image classification),
+        adapted or bare.
 
     Returns:
       The map.
@@ -35,9 +36,13 @@ def names_of(model: nn.Module) -> PathMap:
         return LLAMA
     if isinstance(bare, Bert):
         return BERT if bare.classes is None else BERT_CLASSIFIER
-    if isinstance(bare, ViT) and bare.layer_scale is None:
-        return VIT if bare.classes is None else VIT_CLASSIFIER
-    raise ValueError(
-        f"there are no names for {type(bare).__name__}: write an odjax.io.PathMap of its modules (that of "
-        "DINOv2 is odjax.io.huggingface.DINOV2)"
-    )
+    if not isinstance(bare, ViT):
+        raise ValueError(
+            f"there are no names for {type(bare).__name__}: write an odjax.io.PathMap of its modules"
+        )
+    if bare.layer_scale is None:
+        inside, prefix = VIT, "vit."
+    else:
+        inside = DINOV2_SWIGLU if bare.activation == "swiglu" else DINOV2
+        prefix = "dinov2_with_registers." if bare.registers else "dinov2."
+    return inside if bare.classes is None else with_head(inside, prefix)

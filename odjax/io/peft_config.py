@@ -182,7 +182,7 @@ def is_target(settings: Mapping[str, Any], module: str) -> bool | None:
     if not _named(targets, module):
         return False
     layers = settings["layers_to_transform"]
-    if isinstance(targets, str) or layers is None or layers == []:
+    if isinstance(targets, str) or module in targets or layers is None or layers == []:
         return True
     patterns = settings["layers_pattern"] or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

@@ -10,8 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from odjax.core import leaves_with_paths
-from odjax.io import LLAMA, Pair, PathMap, to_params, to_tensors, under
-from odjax.models import Decoder, stack_layers, unstack_layers
+from odjax.io import (
+    BERT,
+    BERT_CLASSIFIER,
+    DINOV2,
+    LLAMA,
+    VIT,
+    VIT_CLASSIFIER,
+    Pair,
+    PathMap,
+    names_of,
+    to_params,
+    to_tensors,
+    under,
+)
+from odjax.io.path_map import places_of_leaf
+from odjax.lowrank import adapt
+from odjax.models import Decoder, stack_layers, unstack_layers, vit
+from odjax.models.bert import bert
 
 TINY = {"vocab": 16, "layers": 2, "width": 8, "heads": 2, "kv_heads": 1, "head_dim": 6, "mlp_width": 12}
 
@@ -245,3 +261,29 @@ def test_a_prefix_is_added_to_every_name():
 def test_a_map_that_cannot_be_inverted_is_refused(pair, message):
     with pytest.raises(ValueError, match=message):
         PathMap((pair,))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (Decoder(**TINY), LLAMA),
+        (adapt(Decoder(**TINY)), LLAMA),
+        (bert("tiny"), BERT),
+        (bert("tiny", classes=2), BERT_CLASSIFIER),
+        (vit("tiny-digits"), VIT),
+        (vit("tiny-digits", classes=10), VIT_CLASSIFIER),
+        (vit("tiny-digits", layer_scale=1.0), DINOV2),
+    ],
+)
+def test_every_parameter_of_our_models_has_a_name(model, expected):
+    assert names_of(model) == expected
+    bare = getattr(model, "inner", model)
+    images = isinstance(bare, type(vit("tiny-digits")))
+    x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32) if images else jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    for path, leaf in leaves_with_paths(jax.eval_shape(bare.init, jax.random.key(0), x)["params"]):
+        assert places_of_leaf(expected, path, leaf.shape), path
+
+
+def test_a_model_without_names_asks_for_a_map():
+    with pytest.raises(ValueError, match="no names for Dense: write an odjax.io.PathMap"):
+        names_of(nn.Dense(3))

@@ -393,7 +393,8 @@ Q = "model.layers.{}.self_attn.q_proj"
         ({"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}, Q, True),
         ({"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": ["h"]}, Q, False),
         ({"target_modules": ["w"], "layers_to_transform": 1}, "model.layers.1.experts.0.w", True),
-        ({"target_modules": ["fc"], "layers_to_transform": 1}, "fc", False),  # no number in the name
+        ({"target_modules": ["fc"], "layers_to_transform": 1}, "deep.fc", False),  # no number in the name
+        ({"target_modules": ["fc"], "layers_to_transform": 1}, "fc", True),  # a whole name is not filtered
         ({"target_modules": "all-linear"}, Q, None),
         ({}, Q, None),
     ],
