@@ -18,22 +18,28 @@ UNROLLED = ("llama-layers",)  # an adapter in one layer of two
 
 
 class Net(nn.Module):
-    """Embedding, convolution and linear layers, none of them square."""
+    """Embedding, convolution and linear layers, one of them GPT-2's, none of them square."""
 
     def setup(self):
         self.emb = nn.Embed(10, 6)
         self.conv = nn.Conv(5, (3, 2), padding="VALID")
         self.fc = nn.Dense(7)
+        self.mix = nn.Dense(4)
         self.head = nn.Dense(3)
 
     def __call__(self, tokens):
         x = nn.relu(self.conv(self.emb(tokens)))
-        return self.head(nn.relu(self.fc(jnp.reshape(x, (x.shape[0], -1)))))
+        return self.head(nn.tanh(self.mix(nn.relu(self.fc(jnp.reshape(x, (x.shape[0], -1)))))))
 
 
 NAMES = {
     "net": PathMap(
-        (Pair("emb", "emb", "embedding"), Pair("conv", "conv", "conv"), Pair("{p:fc|head}", "{p}"))
+        (
+            Pair("emb", "emb", "embedding"),
+            Pair("conv", "conv", "conv"),
+            Pair("mix", "mix", "conv1d"),
+            Pair("{p:fc|head}", "{p}"),
+        )
     ),
     "llama": LLAMA,
     "bert": BERT_CLASSIFIER,

@@ -18,21 +18,23 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 
 class Net(torch.nn.Module):
-    """Embedding, convolution and linear layers, none of them square."""
+    """Embedding, convolution and linear layers, one of them GPT-2's, none of them square."""
 
     def __init__(self) -> None:
         super().__init__()
         self.emb = torch.nn.Embedding(10, 6)
         self.conv = torch.nn.Conv2d(6, 5, (3, 2))
         self.fc = torch.nn.Linear(30, 7)
-        self.head = torch.nn.Linear(7, 3)
+        self.mix = Conv1D(4, 7)
+        self.head = torch.nn.Linear(4, 3)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.conv(self.emb(tokens).permute(0, 3, 1, 2)))
-        return self.head(torch.relu(self.fc(x.permute(0, 2, 3, 1).flatten(1))))
+        return self.head(torch.tanh(self.mix(torch.relu(self.fc(x.permute(0, 2, 3, 1).flatten(1))))))
 
 
 def base(kind: str) -> torch.nn.Module:
@@ -149,6 +151,8 @@ def make(folder: pathlib.Path) -> None:
                     parameter.add_(torch.randn_like(parameter) * 0.3)
         outputs[name] = logits(kind, model)
         model.save_pretrained(folder / name)
+        config = folder / name / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()), separators=(",", ":")) + "\n")
         (folder / name / "README.md").unlink()
     save_file(outputs, folder / "outputs.safetensors")
 

@@ -39,7 +39,7 @@ BAD = {
     "more layers": ("llama-lora", lambda t: renamed(t, "layers.1", "layers.5"), {}, "layers.5.self_attn.q_proj is beyond the 2 layers"),
     "other tensors": ("llama-lora", lambda t: t | {"base_model.model.visual.weight": np.zeros(2)}, {}, r"visual.weight \[2\] has no place"),
     "foreign names": ("llama-lora", lambda t: renamed(t, "base_model.model.", ""), {}, "start with 'base_model.model.', these do not: model.layers.0"),
-    "saved head": ("net-lora", lambda t: with_shape(t, "head.weight", lambda x: x.T), {}, r"head.weight \[7, 3\] does not fit head/kernel \[7, 3\]"),
+    "saved head": ("net-lora", lambda t: with_shape(t, "head.weight", lambda x: x.T), {}, r"head.weight \[4, 3\] does not fit head/kernel \[4, 3\]"),
     "other adapters": ("llama-lora", None, {"peft_type": "LOHA"}, "peft_type must be 'LORA', got 'LOHA'"),
     "no magnitudes": ("llama-dora", lambda t: without(t, "magnitude"), {}, "lacks lora_magnitude_vector"),
     "magnitudes": ("llama-dora", None, {"use_dora": False}, "has lora_magnitude_vector that the config does not announce"),

@@ -23,7 +23,10 @@ from .peft_models import ADAPTERS, FOLDER, INPUTS, NAMES, UNROLLED, base_of, out
 MISSING = [
     name for name in ("torch", "transformers", "peft", "safetensors") if not importlib.util.find_spec(name)
 ]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
 
 LINEAR = r"layers(_\d)?/attn/(q|k|o)/kernel|layers(_\d)?/mlp/down/kernel"
 OURS = {
@@ -40,6 +43,9 @@ OURS = {
     "bert-cola": {"where": r"layers/.*/kernel", "method": "cola", "alpha": 1.0},
     "net-lora": {"where": r"emb/embedding|(conv|fc)/kernel", "alpha": 3.0, "init": "gaussian"},
     "net-lora_fa": {"where": "(conv|fc)/kernel", "method": "lora_fa", "alpha": 3.0},
+    "net-conv1d": {"where": "mix/kernel", "alpha": 3.0},
+    "net-mixed": {"where": "(fc|mix)/kernel", "alpha": 3.0},
+    "net-dora": {"where": "(fc|mix)/kernel", "method": "dora"},
     "net-bf16": {"where": "fc/kernel", "alpha": 3.0, "dtype": jnp.bfloat16},
 }
 OPTIONS = {"bert-asym": {"save": "head/.*", "task_type": "SEQ_CLS", "bias": "lora_only"}}
