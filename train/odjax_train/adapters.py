@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,21 +12,11 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from odjax.core import leaves_with_paths
-from odjax.io import (
-    BERT,
-    BERT_CLASSIFIER,
-    LLAMA,
-    VIT,
-    VIT_CLASSIFIER,
-    PathMap,
-    save_peft,
-    save_safetensors,
-    to_tensors,
-)
+from odjax.io import PathMap, names_of, save_peft, save_safetensors, to_tensors
 from odjax.lowrank import merge
 from odjax.lowrank.adapt import Adapted
 from odjax.lowrank.methods import CHAINS
-from odjax.models import Bert, Decoder, ViT
+from odjax.models import Decoder
 from odjax_train.distributed import is_main, together
 from odjax_train.errors import UserError
 from odjax_train.run import Loaded
@@ -70,20 +59,16 @@ def _adapted(loaded: Loaded, verb: str) -> Adapted:
     return model
 
 
-def torch_names(model: nn.Module) -> PathMap:
-    """The names that `transformers` gives to the modules of a model, adapted or not.
+def torch_names(loaded: Loaded) -> PathMap:
+    """The names that `transformers` gives to the arrays of a run's model.
 
     Raises:
-        UserError: nobody there has such a model.
+        UserError: it has no such model.
     """
-    bare = model.inner if isinstance(model, Adapted) else model
-    if isinstance(bare, Decoder):
-        return LLAMA
-    if isinstance(bare, Bert):
-        return BERT if bare.classes is None else BERT_CLASSIFIER
-    if isinstance(bare, ViT):
-        return VIT if bare.classes is None else VIT_CLASSIFIER
-    raise UserError(f"a {type(bare).__name__} has no names in PyTorch; a Decoder, a Bert and a ViT have")
+    try:
+        return names_of(loaded.program.experiment.model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def export(loaded: Loaded, folder: Path, *, base: str | None = None) -> None:
@@ -107,12 +92,13 @@ def export(loaded: Loaded, folder: Path, *, base: str | None = None) -> None:
             f"the run has merged blocks into its weights by step {loaded.step}: the factors of the last "
             "block alone are not what it learned; odjax merge writes the weights"
         )
+    names = torch_names(loaded)
     kind = {Decoder: "CAUSAL_LM"}.get(type(model.inner))
     params = jax.tree.map(_whole, loaded.program.evaluated(loaded.state))
 
     def save() -> None:
         try:
-            save_peft(folder, model, params, torch_names(model), base_model=base, task_type=kind)
+            save_peft(folder, model, params, names, base_model=base, task_type=kind)
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written: {error.strerror or error}") from error
         except ValueError as error:

@@ -138,8 +138,8 @@ def merge(arguments: list[str]) -> int:
     mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     loaded = reopen(Path(folder), step=options.step, best=options.best, mesh=mesh)
     out = options.out or Path(folder) / "merged.safetensors"
+    names = torch_names(loaded) if options.names == "torch" else None
     params = merged(loaded, rank=options.rank, dtype=options.dtype)
-    names = torch_names(loaded.program.experiment.model) if options.names == "torch" else None
     metadata = {"run": str(folder), "step": str(loaded.step)}
     size = write(out, params, {"format": "pt" if names else "flax", **metadata}, names)
     if is_main():

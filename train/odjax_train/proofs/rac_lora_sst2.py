@@ -340,7 +340,7 @@ def prove(folder: Path, *, quick: bool, seed: int) -> Proof:
         names = list(WAYS)[::-1]
         means = [100 * right[name].mean() for name in names]
         errors = [100 * right[name].std(ddof=1) / len(right[name]) ** 0.5 for name in names]
-        labels = [f"{name}\n{fits[name].trained:,} numbers" for name in names]
+        labels = [f"{name}\n{fits[name].trained:,} beside the head" for name in names]
         axes.errorbar(means, labels, xerr=errors, fmt="o", capsize=4)
         axes.set(xlabel="test accuracy (%) and its standard error", title="SST-2, MiniLM, 4,000 sentences")
 
