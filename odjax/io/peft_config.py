@@ -199,6 +199,28 @@ def _named(names: str | list[str], module: str) -> bool:
     return module in names or any(module.endswith(f".{name}") for name in names)
 
 
+def check_tied(model: Any, kinds: set[str]) -> None:
+    """Refuses an adapter of a table that is the output head as well.
+
+    PEFT adapts the lookup alone, our models both uses of the table.
+
+    Args:
+      model: with an attribute `tied` if it can share its table.
+      kinds: of the adapted modules, see `odjax.io.places.KINDS`.
+
+    Raises:
+      ValueError: it is such an adapter.
+
+    Example:
+      >>> check_tied(None, {"linear", "embedding"})
+    """
+    if "embedding" in kinds and getattr(model, "tied", False):
+        raise ValueError(
+            "the adapted table is also the output head (tied=True): PEFT adapts its lookup alone, this model "
+            "both, so the outputs would differ; adapt other layers, or merge and exchange the weights"
+        )
+
+
 def default_value(values: Mapping[str, Any], preferred: Any) -> Any:
     """The value that is left out of a pattern: the preferred one if there is any of it, else the commonest.
 

@@ -14,7 +14,7 @@ import numpy as np
 from odjax.core import Where, select
 from odjax.core.paths import leaves_with_paths
 from odjax.io.path_map import PathMap, Place, places_of_leaf, tensor_of
-from odjax.io.peft_config import default_value, shortest_names
+from odjax.io.peft_config import check_tied, default_value, shortest_names
 from odjax.io.places import in_flax
 from odjax.io.safetensors import save_safetensors
 from odjax.lowrank.adapt import Adapted
@@ -99,7 +99,8 @@ def export_peft(
 
     Raises:
       ValueError: adapted weights that `names` does not know (all are listed), `pissa` without `initial`, a
-        `rac` chain past its first block without `base_model`, or `save` of what cannot be saved.
+        `rac` chain past its first block without `base_model`, the table of a tied head, or `save` of what
+        cannot be saved.
 
     Source: `peft` 0.21, format of checkpoints; Meng et al. 2024, "PiSSA", appendix on conversion to LoRA.
 
@@ -123,6 +124,8 @@ def export_peft(
     if bias not in BIASES:
         raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {bias!r}")
     found = _factors(spec, params, names, base_model)
+    kinds = {place.pair.kind for factors in found for place in factors.places}
+    check_tied(model.inner if isinstance(model, Adapted) else None, kinds)
     if spec.method == "pissa":
         if initial is None:
             raise ValueError(
@@ -136,12 +139,10 @@ def export_peft(
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    kinds = set()
     times = 2 if spec.method == "pissa" else 1
     for factors in found:
         for place in factors.places:
             module = _module(place)
-            kinds.add(place.pair.kind)
             tensors |= {PREFIX + module + end: value for end, value in _written(place, factors).items()}
             ranks[module] = factors.a.shape[-1]
             alphas[module] = _alpha(spec, factors.path, ranks[module] // times) * times

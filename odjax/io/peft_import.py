@@ -17,7 +17,7 @@ from flax.core.meta import AxisMetadata
 
 from odjax.core.paths import leaves_with_paths
 from odjax.io.path_map import PathMap, Place, places_of_leaf, places_of_module, places_of_tensor
-from odjax.io.peft_config import alpha_and_rank, default_value, is_target, read_config
+from odjax.io.peft_config import alpha_and_rank, check_tied, default_value, is_target, read_config
 from odjax.io.peft_export import CONFIG_FILE, PREFIX, TENSORS_FILE
 from odjax.io.places import from_torch
 from odjax.io.safetensors import load_safetensors
@@ -98,8 +98,8 @@ def import_peft(
 
     Raises:
       ValueError: another kind of adapter, tensors without a place (all are listed), one factor without the
-        other, a rank other than the config's, shapes that do not fit the weights, no magnitudes for DoRA, or
-        modules that the config names and the tensors lack, or the other way round.
+        other, a rank other than the config's, shapes that do not fit the weights, no magnitudes for DoRA, the
+        table of a tied head, or modules that the config names and the tensors lack, or the other way round.
 
     Warns:
       UserWarning: the adapter belongs to changed base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
@@ -146,6 +146,9 @@ def import_peft(
         faults.append("there is no lora_A or lora_embedding_A")
     if faults:
         raise ValueError("the adapter does not fit the model: " + "; ".join(faults))
+    check_tied(
+        model, {adapter.place.pair.kind for layers in adapters.values() for adapter in layers.values()}
+    )
     for path, layers in adapters.items():
         _with_bias(layers, bare, settings, replaced)
         first = next(iter(layers.values()))

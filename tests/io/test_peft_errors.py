@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from odjax.io import import_peft, load_peft, save_peft
+from odjax.io import export_peft, import_peft, load_peft, save_peft
+from odjax.lowrank import adapt
 
 from .peft_models import adapted, base_of, parts
 
@@ -114,3 +115,18 @@ def test_an_adapted_model_is_not_adapted_twice():
     _, base, tensors, config, names = parts("net-lora")
     with pytest.raises(ValueError, match="adapted already"):
         import_peft(adapted("net-lora")[0], base, tensors, config, names)
+
+
+def test_the_table_of_a_tied_head_is_refused_both_ways():
+    """PEFT adapts the lookup of a table alone, `adapt` both of its uses."""
+    model, base, tensors, config, names = parts("llama-table")
+    tied = model.clone(tied=True)
+    base = {name: leaf for name, leaf in base.items() if name != "lm_head"}
+    tensors = {key: tensor for key, tensor in tensors.items() if "lm_head" not in key}
+    config["target_modules"] = ["embed_tokens"]
+    with pytest.raises(ValueError, match="also the output head .*PEFT adapts its lookup alone"):
+        import_peft(tied, base, tensors, config, names)
+    two = adapted("llama-table")[1]
+    one = {name: leaf for name, leaf in two.items() if name != "lm_head"}
+    with pytest.raises(ValueError, match="also the output head"):
+        export_peft(adapt(tied, rank=2, where="embed/embedding"), one, names)
