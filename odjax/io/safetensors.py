@@ -179,42 +179,43 @@ def save_safetensors(
       [1.0, 1.0]
     """
     path = Path(path)
-    arrays = {name: _writable(name, value) for name, value in tensors.items()}
+    dtypes = {name: _checked(name, value) for name, value in tensors.items()}
     header: dict[str, Any] = {}
     if metadata is not None:
         for name, text in metadata.items():
             if not isinstance(name, str) or not isinstance(text, str):
                 raise TypeError(f"metadata must be text, got {name!r}: {text!r}")
         header["__metadata__"] = dict(metadata)
-    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, _NAMES[arrays[name].dtype], name))
+    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, _NAMES[dtypes[name]], name))
     at = 0
     for name in order:
-        array = arrays[name]
+        begin, at = at, at + math.prod(tensors[name].shape) * dtypes[name].itemsize
         header[name] = {
-            "dtype": _NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [at, at + array.nbytes],
+            "dtype": _NAMES[dtypes[name]],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, at],
         }
-        at += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(
-            f"the header of {len(arrays)} tensors has {len(text)} bytes, at most {MAX_HEADER} fit"
+            f"the header of {len(tensors)} tensors has {len(text)} bytes, at most {MAX_HEADER} fit"
         )
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
-                file.write(arrays[name].reshape(-1).view(np.uint8))
+                # One at a time: copies of tensors that are turned, or on a device, are not all held at once.
+                array = np.asarray(tensors[name], dtypes[name], order="C")
+                file.write(array.reshape(-1).view(np.uint8))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _writable(name: Any, value: Any) -> np.ndarray:
-    """A contiguous little-endian array of a dtype of the format."""
+def _checked(name: Any, value: Any) -> np.dtype:
+    """The dtype in which a tensor is written, little-endian."""
     if not isinstance(name, str):
         raise TypeError(f"names of tensors must be text, got {name!r}")
     if name == "__metadata__":
@@ -223,11 +224,10 @@ def _writable(name: Any, value: Any) -> np.ndarray:
         raise TypeError(f"{name!r} must be a numpy or jax array, got {type(value).__name__}")
     if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         raise TypeError(f"{name!r} is an array of keys: save jax.random.key_data of it")
-    array = np.asarray(value, order="C")
-    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    if array.dtype not in _NAMES:
-        raise ValueError(f"{name!r} is {array.dtype}, the format has {', '.join(map(str, _NAMES))}")
-    return array
+    dtype = value.dtype.newbyteorder("<")
+    if dtype not in _NAMES:
+        raise ValueError(f"{name!r} is {value.dtype}, the format has {', '.join(map(str, _NAMES))}")
+    return dtype
 
 
 def _view(data: np.ndarray, entry: Entry) -> np.ndarray:
