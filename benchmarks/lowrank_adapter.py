@@ -1,19 +1,24 @@
-"""A training step of an adapted decoder: RAC-LoRA against LoRA on a frozen base, and PyTorch + PEFT.
+"""A training step of an adapted decoder: RAC-LoRA against LoRA on a frozen base, qwix, and PyTorch + PEFT.
 
-The steps alternate in one process on the CPU; the medians of wall time and of processor time are printed with
-their ratios.
+One step is the forward and the backward pass and Adam on the factors of all linear layers. The methods take
+turns in one process, several steps a turn of which the first is not counted; printed are the ratios of the
+medians to those of `odjax` LoRA, of wall time and of processor time, and the quartiles of the ratio of a
+round.
 
-    python benchmarks/lowrank_adapter.py [--layers 4 --width 256 --batch 8 --length 128 --rank 8]
-    python benchmarks/lowrank_adapter.py --peft     # also PEFT: needs torch, transformers and peft
+    python benchmarks/lowrank_adapter.py                    # rac and its laws, on their own
+    python benchmarks/lowrank_adapter.py --qwix --peft      # needs qwix; torch, transformers and peft
 
-Expected: rac / lora at most 1.02 in both; PEFT / lora above 1.
+Expected: rac at most 1.02; qwix and PEFT above 1.
 """
 
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
+
+Step = Callable[[], None]
 
 
 def arguments() -> argparse.Namespace:
@@ -22,55 +27,53 @@ def arguments() -> argparse.Namespace:
     )
     for name, default in (
         ("layers", 4),
-        ("width", 256),
-        ("heads", 4),
-        ("mlp-width", 704),
+        ("width", 192),
+        ("heads", 6),
+        ("mlp-width", 512),
         ("vocab", 256),
         ("batch", 8),
-        ("length", 128),
+        ("length", 256),
         ("rank", 8),
-        ("rounds", 8),
+        ("rounds", 10),
         ("steps", 3),
+        ("seconds", 120),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--peft", action="store_true", help="time PyTorch + PEFT too")
+    parser.add_argument("--qwix", action="store_true", help="time qwix on the same Flax model too")
     return parser.parse_args()
 
 
-def jax_step(args: argparse.Namespace, method: str, **settings: Any) -> Callable[[], None]:
-    """One step of Adam on the factors of all linear layers; the frozen base never moves."""
+def decoder(args: argparse.Namespace) -> Any:
+    from odjax.models import Decoder
+
+    return Decoder(
+        vocab=args.vocab,
+        layers=args.layers,
+        width=args.width,
+        heads=args.heads,
+        mlp_width=args.mlp_width,
+        max_length=args.length,
+    )
+
+
+def jax_step(args: argparse.Namespace, model: Any, factors: str) -> Step:
+    """One step of Adam on the leaves that `factors` selects; the frozen rest never moves."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
     import optax
 
     from odjax.core import combine, partition
-    from odjax.lowrank.adapt import adapt
-    from odjax.lowrank.methods import FACTORS
-    from odjax.models import Decoder
 
-    model = adapt(
-        Decoder(
-            vocab=args.vocab,
-            layers=args.layers,
-            width=args.width,
-            heads=args.heads,
-            mlp_width=args.mlp_width,
-            max_length=args.length,
-        ),
-        rank=args.rank,
-        method=method,
-        where="layers/.*kernel",
-        **settings,
-    )
     tokens = jax.random.randint(jax.random.key(1), (args.batch, args.length), 0, args.vocab)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens)["params"])
-    free, frozen = partition(params, FACTORS)
+    free, frozen = partition(params, factors)
     optimizer = optax.adam(1e-3)
     state = optimizer.init(free)
 
     @jax.jit
-    def step(free: Any, state: Any) -> tuple[Any, Any]:
+    def step(free: Any, state: Any, frozen: Any) -> tuple[Any, Any]:
         def loss(free: Any) -> jax.Array:
             logits = model.apply({"params": combine(free, frozen)}, tokens)[:, :-1]
             return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
@@ -81,12 +84,29 @@ def jax_step(args: argparse.Namespace, method: str, **settings: Any) -> Callable
     carry = [(free, state)]
 
     def once() -> None:
-        carry[0] = jax.block_until_ready(step(*carry[0]))
+        carry[0] = jax.block_until_ready(step(*carry[0], frozen))
 
     return once
 
 
-def peft_step(args: argparse.Namespace) -> Callable[[], None]:
+def adapted_step(args: argparse.Namespace, method: str, **settings: Any) -> Step:
+    """A step of the model adapted here."""
+    from odjax.lowrank import FACTORS, adapt
+
+    model = adapt(decoder(args), rank=args.rank, method=method, where="layers/.*kernel", **settings)
+    return jax_step(args, model, FACTORS)
+
+
+def qwix_step(args: argparse.Namespace) -> Step:
+    """The same step of the same model, adapted by qwix."""
+    import qwix
+
+    provider = qwix.LoraProvider(module_path=".*layers.*", rank=args.rank, alpha=float(args.rank))
+    model = qwix.apply_lora_to_model(decoder(args), provider)
+    return jax_step(args, model, r"(.*/)?kernel_lora_(a|b)")
+
+
+def peft_step(args: argparse.Namespace) -> Step:
     """The same step of a Llama of the same size in PyTorch, adapted by PEFT."""
     import peft
     import torch
@@ -103,7 +123,9 @@ def peft_step(args: argparse.Namespace) -> Callable[[], None]:
     )
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=names)
-    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     tokens = torch.randint(0, args.vocab, (args.batch, args.length))
 
@@ -115,35 +137,44 @@ def peft_step(args: argparse.Namespace) -> Callable[[], None]:
     return once
 
 
-def main() -> None:
-    args = arguments()
-    steps = {
-        "lora": jax_step(args, "lora"),
-        "rac": jax_step(args, "rac"),
-        "rac, cached sketches": jax_step(args, "rac", cache_sketch=True),
-    }
-    if args.peft:
-        steps["peft"] = peft_step(args)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-        step()
+def timed(steps: dict[str, Step], args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """(wall, processor) seconds of a step, one pair a round: the median of the steps of its turn."""
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    began = time.perf_counter()
     for _ in range(args.rounds):
         for name, step in steps.items():
+            step()  # what the other library's threads left behind is not counted
+            own = []
             for _ in range(args.steps):
                 wall, cpu = time.perf_counter(), time.process_time()
                 step()
-                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    medians = {
-        name: [statistics.median(column) for column in zip(*rows, strict=True)]
-        for name, rows in times.items()
-    }
-    for name, (wall, cpu) in medians.items():
-        wall_ratio, cpu_ratio = wall / medians["lora"][0], cpu / medians["lora"][1]
-        print(
-            f"{name:22s} wall {wall * 1e3:8.1f} ms ({wall_ratio:.3f} of lora)   "
-            f"processor {cpu * 1e3:8.1f} ms ({cpu_ratio:.3f})"
-        )
+                own.append((time.perf_counter() - wall, time.process_time() - cpu))
+            rounds[name].append(tuple(statistics.median(column) for column in zip(*own, strict=True)))
+        if time.perf_counter() - began > args.seconds:
+            break
+    return rounds
+
+
+def main() -> None:
+    args = arguments()
+    steps = {"lora": adapted_step(args, "lora"), "rac": adapted_step(args, "rac")}
+    steps["rac, cached sketches"] = adapted_step(args, "rac", cache_sketch=True)
+    steps["rac, coordinates"] = adapted_step(args, "rac", law="coordinate")
+    if args.qwix:
+        steps["qwix lora"] = qwix_step(args)
+    if args.peft:
+        steps["PyTorch + PEFT lora"] = peft_step(args)
+    for step in steps.values():
+        step()
+    times = timed(steps, args)
+    print(f"rounds: {len(times['lora'])}; ratios of a step to lora")
+    print(f"{'':22s}{'wall':>8s}{'processor':>11s}   quartiles of the rounds' wall ratio")
+    base = [statistics.median(column) for column in zip(*times["lora"], strict=True)]
+    for name, rows in times.items():
+        wall, cpu = (statistics.median(column) for column in zip(*rows, strict=True))
+        each = [own[0] / lora[0] for own, lora in zip(rows, times["lora"], strict=True)]
+        low, _, high = statistics.quantiles(each) if len(each) > 1 else each * 3
+        print(f"{name:22s}{wall / base[0]:8.3f}{cpu / base[1]:11.3f}   {low:.3f} to {high:.3f}")
 
 
 if __name__ == "__main__":

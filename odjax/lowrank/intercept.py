@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -180,6 +181,11 @@ def _down(
     letters = "".join(c for c in product.inputs if c in product.outputs + ".") + rank_letter
     if isinstance(a, Coordinates):
         return gathered(x, a, product, sizes), letters
+    if _multiplies_matrices(module, product):
+        tokens, rank = x.shape[: x.ndim - len(sizes.inputs)], a.shape[-1]
+        rows = x.reshape(math.prod(tokens), math.prod(sizes.inputs))
+        hidden = jnp.matmul(rows, a.astype(dtype).reshape(rows.shape[1], rank), precision=module.precision)
+        return hidden.reshape(*tokens, rank), letters
     equation = f"{product.inputs},{product.batch}{product.contracted}{rank_letter}->{letters}"
     return jnp.einsum(equation, x, a.astype(dtype), precision=getattr(module, "precision", None)), letters
 
@@ -198,12 +204,36 @@ def _up(
     if isinstance(b, Coordinates):
         spread = scattered(hidden.astype(out), b, sizes.outputs)
         return jnp.einsum(f"{letters[:-1]}{product.free}->{product.outputs}", spread)
+    if _multiplies_matrices(module, product):
+        tokens, rank = hidden.shape[:-1], hidden.shape[-1]
+        update = jnp.matmul(
+            hidden.reshape(math.prod(tokens), rank),
+            b.astype(dtype).reshape(rank, math.prod(sizes.outputs)),
+            precision=module.precision,
+            preferred_element_type=out,
+        )
+        return update.reshape(*tokens, *sizes.outputs)
     return jnp.einsum(
         f"{letters},{product.batch}{letters[-1]}{product.free}->{product.outputs}",
         hidden,
         b.astype(dtype),
         precision=getattr(module, "precision", None),
         preferred_element_type=out,
+    )
+
+
+def _multiplies_matrices(module: nn.Module, product: Product) -> bool:
+    """Whether a layer brings its own `dot_general`, as those of `odjax.models`, whose tokens are one axis.
+
+    The gradients of its factors are then products that contract one axis, which on a CPU spares transposed
+    copies of the activations. Elsewhere the axes stay, as they may be sharded apart.
+    """
+    tokens = product.inputs.removesuffix(product.contracted)
+    return (
+        getattr(module, "dot_general_cls", None) is not None
+        and not product.batch
+        and product.inputs == tokens + product.contracted
+        and product.outputs == tokens + product.free
     )
 
 
