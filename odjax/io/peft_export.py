@@ -263,14 +263,23 @@ def _alpha(spec: LowRank, path: str, rank: int) -> float:
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A pattern of whole names for the modules that differ from the default."""
+    """A pattern for the modules that differ from the default: last parts of names, or whole names.
 
-    def key(name: str) -> str:
-        # PEFT matches the end of a name: "fc" also where "block.fc" is asked for.
-        start = "^" if any(other.endswith(f".{name}") for other in values) else ""
-        return start + re.escape(name)
-
-    return {key(name): value for name, value in values.items() if value != default}
+    PEFT matches the end of a name: "fc" also where "block.fc" is asked for.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        groups.setdefault(name.rpartition(".")[2], {})[name] = value
+    pattern: dict[str, Any] = {}
+    for last, group in groups.items():
+        different = {name: value for name, value in group.items() if value != default}
+        if different and len(set(group.values())) == 1:
+            pattern[re.escape(last)] = next(iter(group.values()))
+            continue
+        for name, value in different.items():
+            start = "^" if any(other.endswith(f".{name}") for other in group) else ""
+            pattern[start + re.escape(name)] = value
+    return pattern
 
 
 def _module(place: Place) -> str:

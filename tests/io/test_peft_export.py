@@ -133,6 +133,15 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path_factory, adapter):
     assert_same_bits(load_peft(folder, model.inner, BASES[kind], NAMES[kind])[1], params)
 
 
+def test_the_pattern_of_a_stack_names_the_module_once():
+    model = adapt(
+        model_of("llama"), rank=2, where="layers/attn/[qk]/kernel", rank_pattern={".*/k/.*": 1}, alpha=1.0
+    )
+    params = init_factors(model, BASES["llama"], jax.random.key(0), INPUTS["llama"])
+    _, config = export_peft(model, params, NAMES["llama"])
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({"k_proj": 1}, {})
+
+
 def test_the_layers_of_a_stack_are_written_alike_scanned_or_not():
     model, params = adapt(model_of("llama"), rank=2, where="layers/attn/q/kernel", alpha=3.0), BASES["llama"]
     params = init_factors(model, params, jax.random.key(0), INPUTS["llama"])
