@@ -130,6 +130,10 @@ class LowRank:
             )
         if self.method == "lora_fa" and self.side == "left":
             raise ValueError("lora_fa freezes A, which is side='right': choose method='asym' for side='left'")
+        if self.precondition and 0.0 in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
+            raise ValueError(
+                "precondition divides by the scale: alpha must not be 0, pass None for a scale of 1"
+            )
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
         for pattern, rank in self.rank_pattern:

@@ -331,6 +331,7 @@ class Transposed(nn.Module):
             "side that is drawn for each block needs the gradient view, odjax.rac_lora",
         ),
         ({"precondition": True}, "'lora' has no frozen half: drop precondition=, or choose one of rac, asym"),
+        ({"method": "rac", "precondition": True, "alpha": 0.0}, "alpha must not be 0, pass None"),
         ({"cache_sketch": True}, "'lora' has no frozen half: drop cache_sketch="),
         (
             {"method": "rac", "law": "cyclic", "cache_sketch": True},

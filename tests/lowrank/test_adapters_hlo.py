@@ -236,20 +236,33 @@ def on_mesh(shape):
     return values, again.as_text(), jax.device_get(params)
 
 
-def step_collectives(method):
-    """(operation, dtype, shape) of the collectives of a step on fsdp x tensor; without a method, of the model.
+def collectives_of(text):
+    """How often the compiled program has (operation, dtype, shape)."""
+    kinds = "all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute"
+    found = re.findall(rf"= \(?([a-z]\w*)\[([\d,]*)\]\S* ({kinds})(?:-start)?\(", text)
+    return collections.Counter((op, kind, dims) for kind, dims, op in found)
+
+
+@functools.cache
+def mesh_of_eight():
+    return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+@functools.cache
+def step_collectives(law):
+    """Collectives of a step on fsdp x tensor; without a law, of the bare model.
 
     The bare model trains what lies before its first layer, so that its backward pass goes through all of them.
     """
     model = Decoder(**SIZES, remat="full")
-    if method is not None:
-        model = adapt(model, rank=2, method=method, where=".*(q|o|up|down)/kernel")
-    tokens = jax.ShapeDtypeStruct((8, 8), jnp.int32)
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    if law is not None:
+        model = adapt(model, rank=2, method="rac", law=law, where=".*(q|o|up|down)/kernel")
+    trained = "embed/embedding" if law is None else FACTORS
+    tokens, mesh = jax.ShapeDtypeStruct((8, 8), jnp.int32), mesh_of_eight()
     boxed = jax.eval_shape(model.init, KEY, tokens)["params"]
 
     def gradient(params, tokens):
-        free, frozen = partition(params, "embed/embedding" if method is None else FACTORS)
+        free, frozen = partition(params, trained)
 
         def loss(free):
             logits = model.apply({"params": combine(free, frozen)}, tokens)
@@ -260,16 +273,14 @@ def step_collectives(method):
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
         rows = NamedSharding(mesh, P(("data", "fsdp")))
-        out = partition(shardings, "embed/embedding" if method is None else FACTORS)[0]
+        out = partition(shardings, trained)[0]
         compiled = jax.jit(gradient, in_shardings=(shardings, rows), out_shardings=out)
-        text = compiled.lower(nn.unbox(boxed), tokens).compile().as_text()
-    kinds = "all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute"
-    found = re.findall(rf"= \(?([a-z]\w*)\[([\d,]*)\]\S* ({kinds})(?:-start)?\(", text)
-    return collections.Counter((op, kind, dims) for kind, dims, op in found)
+        return collectives_of(compiled.lower(nn.unbox(boxed), tokens).compile().as_text())
 
 
-def test_a_step_on_a_mesh_gathers_what_the_bare_model_gathers_and_factors_of_one_layer():
-    more = step_collectives("rac") - step_collectives(None)
+@pytest.mark.parametrize("law", ["orthonormal", "cyclic"])
+def test_a_step_on_a_mesh_gathers_what_the_bare_model_gathers_and_factors_of_one_layer(law):
+    more = step_collectives(law) - step_collectives(None)
     sizes = {
         (op, dims): math.prod(int(d) for d in dims.split(",") if d)
         for op, _, dims in more
@@ -279,6 +290,20 @@ def test_a_step_on_a_mesh_gathers_what_the_bare_model_gathers_and_factors_of_one
     assert sizes
     assert max(sizes.values()) <= 48 * 2, sizes
     assert not [dims for _, dims in sizes if dims.startswith("3,")]
+
+
+def test_a_restart_of_selected_coordinates_on_a_mesh_talks_to_nobody():
+    model = adapt(Decoder(**SIZES), rank=2, method="rac", law="cyclic", where=".*(q|o|up|down)/kernel")
+    mesh = mesh_of_eight()
+    boxed = jax.eval_shape(model.init, KEY, jax.ShapeDtypeStruct((8, 8), jnp.int32))["params"]
+
+    def again(params):
+        return run_edit(restart(model, every=2, on_boundary="keep"), KEY, 2, params, {})[0]
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+        compiled = jax.jit(again, in_shardings=(shardings,), out_shardings=shardings)
+        assert not collectives_of(compiled.lower(nn.unbox(boxed)).compile().as_text())
 
 
 def test_sharded_and_unsharded_chains_are_the_same():

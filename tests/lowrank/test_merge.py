@@ -121,6 +121,33 @@ def test_materialize_gives_the_base_at_the_start_and_advance_keeps_the_function(
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), before, after)
 
 
+def test_preconditioning_changes_the_gradient_of_the_parameters_and_not_their_values():
+    settings = {
+        "rank": 2,
+        "where": "w",
+        "side": "right",
+        "law": "gaussian",
+        "alpha": 3.0,
+        "dtype": np.float64,
+    }
+    with jax.enable_x64(True):
+        params = {"w": jax.random.normal(KEY, (6, 4), jnp.float64)}
+        plain, other = (parameter_adapter("rac", precondition=p, **settings) for p in (False, True))
+        free, frozen = plain.init(KEY, params)
+        free = jax.tree.map(lambda z: z + 0.1, free)
+
+        def weight(adapter):
+            return lambda z: adapter.materialize({"w": {"lora_b": z}}, frozen)["w"]
+
+        z = free["w"]["lora_b"]
+        np.testing.assert_array_equal(weight(plain)(z), weight(other)(z))
+        usual, preconditioned = (
+            jax.grad(lambda z, a=a: jnp.sum(jnp.sin(weight(a)(z))))(z) for a in (plain, other)
+        )
+        q = jax.jacobian(weight(plain))(z)[:, 0, :, 0]  # s Q
+        np.testing.assert_allclose(q.T @ q @ preconditioned, usual, rtol=1e-9)
+
+
 def test_merging_the_mean_of_clients_factors_is_the_mean_of_their_merged_weights():
     adapter = parameter_adapter("rac", rank=2, where="w", side="left", dtype=np.float64)
     with jax.enable_x64(True):
