@@ -11,10 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
-from odjax.core import leaves_with_paths
+from odjax.core import leaves_with_paths, select
 from odjax.io import PathMap, names_of, save_peft, save_safetensors, to_tensors
 from odjax.lowrank import merge
 from odjax.lowrank.adapt import Adapted
+from odjax.lowrank.factors import LEAVES
 from odjax.lowrank.methods import CHAINS
 from odjax.models import Decoder
 from odjax_train.distributed import is_main, together
@@ -72,7 +73,9 @@ def torch_names(loaded: Loaded) -> PathMap:
 
 
 def export(loaded: Loaded, folder: Path, *, base: str | None = None) -> None:
-    """Writes the factors as an adapter that PEFT loads; one process does.
+    """Writes the factors as an adapter that PEFT loads, and whole what was trained beside them.
+
+    One process does.
 
     Args:
         loaded: a run of an adapted model.
@@ -80,8 +83,8 @@ def export(loaded: Loaded, folder: Path, *, base: str | None = None) -> None:
         base: name or folder of the weights it belongs to, for its configuration.
 
     Raises:
-        UserError: the run's model is not adapted or has no names there, a restart has merged factors into the
-            weights so that those of now are not all, or it cannot be written.
+        UserError: the run's model is not adapted or has no names there, the weights have changed too (by a
+            restart, or `pissa`), or it cannot be written.
     """
     model = _adapted(loaded, "export")
     edits = loaded.program.experiment.edits
@@ -93,12 +96,21 @@ def export(loaded: Loaded, folder: Path, *, base: str | None = None) -> None:
             "block alone are not what it learned; odjax merge writes the weights"
         )
     names = torch_names(loaded)
-    kind = {Decoder: "CAUSAL_LM"}.get(type(model.inner))
+    if model.spec.method == "pissa":
+        raise UserError("pissa has changed the weights beside its factors; odjax merge writes the weights")
+    task = "CAUSAL_LM" if isinstance(model.inner, Decoder) else None
+    if getattr(model.inner, "classes", None) is not None:
+        task = "SEQ_CLS"
     params = jax.tree.map(_whole, loaded.program.evaluated(loaded.state))
+    trained = select(params, loaded.program.experiment.trainable)
+    beside = {
+        path for path, hit in leaves_with_paths(trained) if hit and path.rpartition("/")[2] not in LEAVES
+    }
 
     def save() -> None:
         try:
-            save_peft(folder, model, params, names, base_model=base, task_type=kind)
+            whole = (lambda path, _: path in beside) if beside else None
+            save_peft(folder, model, params, names, base_model=base, task_type=task, save=whole)
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written: {error.strerror or error}") from error
         except ValueError as error:
