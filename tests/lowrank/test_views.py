@@ -142,7 +142,7 @@ def halves_of(spec, sketch, path, sizes, blocks):
     return law
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     kind=st.sampled_from(["dense", "heads", "scan"]),
     inputs=st.integers(2, 6),
