@@ -6,7 +6,8 @@ medians to those of `odjax` LoRA, of wall time and of processor time, and the qu
 round.
 
     python benchmarks/lowrank_adapter.py                    # rac and its laws, on their own
-    python benchmarks/lowrank_adapter.py --qwix --peft      # needs qwix; torch, transformers and peft
+    python benchmarks/lowrank_adapter.py --qwix --peft --attention blocked --no-scan
+                                                            # needs qwix; torch, transformers and peft
 
 Expected: rac at most 1.02; qwix and PEFT above 1.
 """
@@ -41,6 +42,9 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--peft", action="store_true", help="time PyTorch + PEFT too")
     parser.add_argument("--qwix", action="store_true", help="time qwix on the same Flax model too")
+    parser.add_argument("--no-scan", dest="scan", action="store_false", help="unroll the layers in JAX")
+    parser.add_argument("--attention", default=None, help="JAX's attention: xla or blocked")
+    parser.add_argument("--plain-malloc", action="store_true", help="give freed memory back to the system")
     return parser.parse_args()
 
 
@@ -54,6 +58,8 @@ def decoder(args: argparse.Namespace) -> Any:
         heads=args.heads,
         mlp_width=args.mlp_width,
         max_length=args.length,
+        scan=args.scan,
+        attention=args.attention,
     )
 
 
@@ -93,7 +99,7 @@ def adapted_step(args: argparse.Namespace, method: str, **settings: Any) -> Step
     """A step of the model adapted here."""
     from odjax.lowrank import FACTORS, adapt
 
-    model = adapt(decoder(args), rank=args.rank, method=method, where="layers/.*kernel", **settings)
+    model = adapt(decoder(args), rank=args.rank, method=method, where="layers.*kernel", **settings)
     return jax_step(args, model, FACTORS)
 
 
@@ -157,6 +163,10 @@ def timed(steps: dict[str, Step], args: argparse.Namespace) -> dict[str, list[tu
 
 def main() -> None:
     args = arguments()
+    if not args.plain_malloc:
+        from odjax_train.cpu import keep_freed_memory
+
+        keep_freed_memory()
     steps = {"lora": adapted_step(args, "lora"), "rac": adapted_step(args, "rac")}
     steps["rac, cached sketches"] = adapted_step(args, "rac", cache_sketch=True)
     steps["rac, coordinates"] = adapted_step(args, "rac", law="coordinate")
