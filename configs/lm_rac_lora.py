@@ -12,7 +12,7 @@ from typing import Literal
 
 import optax
 
-from odjax.lowrank import FACTORS, adapt, restart
+from odjax.lowrank import FACTORS, adapt, jagged_cosine, restart
 from odjax.lowrank.methods import CHAINS
 from odjax.models import decoder
 from odjax_train import Experiment, Sample, language_model
@@ -39,6 +39,7 @@ def experiment(
     side: Literal["auto", "left", "right"] = "auto",
     learning_rate: float | None = None,
     warmup: int = 10,
+    rewarm: int = 10,
     clip: float = 1.0,
     source: str = "pydoc",
     held_out: float = 0.15,
@@ -63,6 +64,7 @@ def experiment(
         side: of the random factor, for `rac` and `asym`.
         learning_rate: highest, after the warm-up; None takes the method's own.
         warmup: steps over which the learning rate rises.
+        rewarm: steps over which a chain's learning rate rises again after a merge.
         clip: largest norm of a gradient.
         source: the text, `pydoc`, `text:<file or glob>` or `arrayrecord:<glob>`.
         held_out: the part of it to judge on.
@@ -72,9 +74,10 @@ def experiment(
         seed: of everything random.
     """
     peak = RATES.get(method, 1.2e-2) if learning_rate is None else learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, peak, min(warmup, steps // 2), max(steps, 1), 0.1 * peak
-    )
+    warmup = min(warmup, steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, 1), 0.1 * peak)
+    if method in CHAINS and 0 < warmup < block < steps:
+        schedule = jagged_cosine(peak, steps, block, warmup=warmup, rewarm=rewarm)
     model = decoder(preset, max_length=max(length, 512), dtype=dtype, attention=attention, scan=scan)
     edits = ()
     if method != "full":
