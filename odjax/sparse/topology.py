@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -60,11 +61,17 @@ def _check_degrees(links: int, nodes: int, side: str, density: float) -> None:
         )
 
 
-def _for_each_slice(one: Callable[[jax.Array], jax.Array], key: jax.Array, batch: Sequence[int]) -> jax.Array:
+def _checked_batch(batch: Sequence[int]) -> tuple[int, ...]:
     if any(size < 1 for size in batch):
         raise ValueError(
             f"batch must hold sizes of at least 1, got {tuple(batch)}: () is one layer, (12,) twelve"
         )
+    return tuple(batch)
+
+
+def _for_each_slice(
+    one: Callable[[jax.Array], jax.Array], key: jax.Array, batch: tuple[int, ...]
+) -> jax.Array:
     if not batch:
         return one(key)
     count = math.prod(batch)
@@ -127,10 +134,44 @@ def _uniformly(
     return top_k_mask(jax.random.bits(key, shape, jnp.uint32), links, eligible=eligible)
 
 
-def _lattice(links: int, nodes: int, partners: int) -> jax.Array:
+@partial(jax.jit, static_argnums=range(1, 7))
+def _receptive_fields(
+    key: jax.Array, nodes: int, partners: int, links: int, r: float, degrees: Degrees, batch: tuple[int, ...]
+) -> jax.Array:
+    distance, scale = _ring_distance(nodes, partners)
+
+    def one(key: jax.Array) -> jax.Array:
+        for_degrees, for_links = jax.random.split(key)
+        k = _degrees(for_degrees, degrees, links, nodes, partners)
+        if r == 0:
+            return top_k_mask(distance, k, largest=False, batch_dims=1)
+        exponent = min((1 - r) / r, 1e30)
+        log_weights = -exponent * jnp.log1p(distance.astype(jnp.float32) / scale)
+        return gumbel_top_k_mask(for_links, log_weights, k, batch_dims=1)
+
+    return _for_each_slice(one, key, batch)
+
+
+@partial(jax.jit, static_argnums=range(1, 6))
+def _small_world(
+    key: jax.Array, nodes: int, partners: int, links: int, beta: float, batch: tuple[int, ...]
+) -> jax.Array:
     distance, _ = _ring_distance(nodes, partners)
     degrees = jnp.asarray(_even_degrees(links, nodes))
-    return top_k_mask(distance, degrees, largest=False, batch_dims=1)
+    lattice = top_k_mask(distance, degrees, largest=False, batch_dims=1)
+
+    def one(key: jax.Array) -> jax.Array:
+        for_dropping, for_links = jax.random.split(key)
+        kept = lattice & ~jax.random.bernoulli(for_dropping, beta, lattice.shape)
+        moved = links - jnp.sum(kept, dtype=jnp.int32)
+        return kept | _uniformly(for_links, kept.shape, moved, ~kept)
+
+    return _for_each_slice(one, key, batch)
+
+
+@partial(jax.jit, static_argnums=range(1, 4))
+def _random(key: jax.Array, shape: tuple[int, ...], links: int, batch: tuple[int, ...]) -> jax.Array:
+    return _for_each_slice(lambda key: _uniformly(key, shape, links, None), key, batch)
 
 
 def brf_mask(
@@ -200,20 +241,8 @@ def brf_mask(
         raise ValueError(f"degree_side must be 'out' or 'in', got {degree_side!r}")
     nodes, partners = (n_out, n_in) if degree_side == "out" else (n_in, n_out)
     _check_degrees(links, nodes, degree_side + "put", density)
-    distance, scale = _ring_distance(nodes, partners)
-
-    def one(key: jax.Array) -> jax.Array:
-        for_degrees, for_links = jax.random.split(key)
-        k = _degrees(for_degrees, degrees, links, nodes, partners)
-        if r == 0:
-            drawn = top_k_mask(distance, k, largest=False, batch_dims=1)
-        else:
-            exponent = min((1 - r) / r, 1e30)
-            log_weights = -exponent * jnp.log1p(distance.astype(jnp.float32) / scale)
-            drawn = gumbel_top_k_mask(for_links, log_weights, k, batch_dims=1)
-        return drawn.T if degree_side == "out" else drawn
-
-    return _for_each_slice(one, key, batch)
+    fields = _receptive_fields(key, nodes, partners, links, float(r), degrees, _checked_batch(batch))
+    return jnp.swapaxes(fields, -1, -2) if degree_side == "out" else fields
 
 
 def bsw_mask(
@@ -256,16 +285,8 @@ def bsw_mask(
     by_outputs = n_out >= n_in
     nodes, partners = (n_out, n_in) if by_outputs else (n_in, n_out)
     _check_degrees(links, nodes, "output" if by_outputs else "input", density)
-    lattice = _lattice(links, nodes, partners)
-    lattice = lattice.T if by_outputs else lattice
-
-    def one(key: jax.Array) -> jax.Array:
-        for_dropping, for_links = jax.random.split(key)
-        kept = lattice & ~jax.random.bernoulli(for_dropping, beta, lattice.shape)
-        moved = links - jnp.sum(kept, dtype=jnp.int32)
-        return kept | _uniformly(for_links, kept.shape, moved, ~kept)
-
-    return _for_each_slice(one, key, batch)
+    fields = _small_world(key, nodes, partners, links, float(beta), _checked_batch(batch))
+    return jnp.swapaxes(fields, -1, -2) if by_outputs else fields
 
 
 def er_mask(key: jax.Array, shape: Sequence[int], links: int, *, batch: Sequence[int] = ()) -> jax.Array:
@@ -294,7 +315,7 @@ def er_mask(key: jax.Array, shape: Sequence[int], links: int, *, batch: Sequence
         raise TypeError(f"links must be an integer, got {links!r}: link_count turns a density into one")
     if not 0 <= links <= math.prod(shape):
         raise ValueError(f"links must be from 0 to {math.prod(shape)} for a layer {shape}, got {links}")
-    return _for_each_slice(lambda key: _uniformly(key, shape, int(links), None), key, batch)
+    return _random(key, shape, int(links), _checked_batch(batch))
 
 
 def feature_correlation(features: jax.Array) -> jax.Array:
