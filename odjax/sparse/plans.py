@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from odjax.core.paths import Where, leaves_with_paths, select
@@ -341,3 +342,28 @@ def overall_density(plan: Plan) -> float:
       0.25
     """
     return sum(p.links * p.slices for p in plan.values()) / sum(p.size * p.slices for p in plan.values())
+
+
+def target_links(leaf: LeafPlan, density: jax.Array, planned: float) -> jax.Array:
+    """Links of a leaf while the whole plan is at a higher density than it will be.
+
+    n + (N - n) (d - D) / (1 - D), with D the density of the plan: all leaves together then have density d,
+    each is at its own target when d = D and full when d = 1. A d below D is D.
+
+    Args:
+      leaf: what is planned, n of N links.
+      density: float32 [], d.
+      planned: D.
+
+    Returns:
+      int32 [], a multiple of the leaf's unit.
+    """
+    step = unit(leaf.structure, leaf.shape[leaf.batch_dims :])
+    room = leaf.size - leaf.links
+    if room == 0 or planned >= 1:
+        return jnp.int32(leaf.links)
+    low = jnp.float32(planned)
+    excess = (jnp.asarray(density, jnp.float32) - low) / (jnp.float32(1) - low)
+    more = jnp.floor(jnp.clip(excess, 0, 1) * jnp.float32(room) + jnp.float32(0.5)).astype(jnp.int32)
+    more = jnp.where(excess >= 1, jnp.int32(room), jnp.minimum(more, jnp.int32(room)))
+    return jnp.int32(leaf.links) + more // jnp.int32(step) * jnp.int32(step)
