@@ -80,5 +80,5 @@ def experiment(
         mesh=MeshShape(data=1, fsdp=-1, tensor=1),
         eval_every=200,
         eval_batches=50,
-        checkpoint_every=200,
+        checkpoint_every=50,
     )

@@ -18,9 +18,8 @@ from odjax.models import decoder
 from odjax_train import Experiment, Sample, language_model
 from odjax_train.data import Text
 
-# Largest learning rates: the best of three to five each for full, rac and lora; asym has that of rac, the
-# others that of lora.
-RATES = {"full": 3e-3, "rac": 2e-3, "asym": 2e-3}
+# Largest learning rates: the best of three to five each for full, rac and lora, whose rate the others have.
+RATES = {"full": 3e-3, "rac": 2e-3}
 
 
 def experiment(
@@ -76,8 +75,8 @@ def experiment(
     peak = RATES.get(method, 1.2e-2) if learning_rate is None else learning_rate
     warmup = min(warmup, steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, 1), 0.1 * peak)
-    if method in CHAINS and 0 < warmup < block < steps:
-        schedule = jagged_cosine(peak, steps, block, warmup=warmup, rewarm=rewarm)
+    if method in CHAINS and block < steps:
+        schedule = jagged_cosine(peak, steps, block, warmup=warmup, rewarm=min(rewarm, block))
     model = decoder(preset, max_length=max(length, 512), dtype=dtype, attention=attention, scan=scan)
     edits = ()
     if method != "full":
@@ -97,6 +96,6 @@ def experiment(
         batch=batch,
         seed=seed,
         eval_every=40,
-        checkpoint_every=40,
+        checkpoint_every=20,
         sample=Sample("The statement ", length=300),
     )

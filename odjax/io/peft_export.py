@@ -236,7 +236,8 @@ def _written(place: Place, factors: _Factors) -> dict[str, np.ndarray]:
         down, up = a.reshape(-1, rank).T, b.reshape(rank, -1).T
     ends = {".lora_A.weight": down, ".lora_B.weight": up}
     if factors.magnitude is not None:
-        ends[".lora_magnitude_vector"] = factors.magnitude[at].reshape(-1)
+        spread = (1, -1, *(1,) * (a.ndim - 2)) if place.pair.kind == "conv" else (-1,)
+        ends[".lora_magnitude_vector"] = factors.magnitude[at].reshape(spread)
     return ends
 
 

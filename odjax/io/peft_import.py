@@ -206,8 +206,8 @@ def _adapter(
         wrong += [f"has {', '.join(extra)} that the config does not announce"] * bool(extra)
         faults.append(f"{module} {' and '.join(wrong)}")
         return None
-    if settings["use_dora"] and kind in ("embedding", "conv"):
-        faults.append(f"{module} is no linear layer, DoRA adapts these alone")
+    if settings["use_dora"] and kind == "embedding":
+        faults.append(f"{module} is an embedding, DoRA adapts linear layers and convolutions")
         return None
     cut = {"embedding": 1, "conv": len(shape) - 1}.get(kind, place.pair.inputs)
     ins, outs = shape[:cut], shape[cut:]
@@ -216,6 +216,7 @@ def _adapter(
     if kind == "conv":
         expected[down] = (rank, ins[-1], *ins[:-1])
         expected[up] = (outputs, rank, *(1,) * (len(ins) - 1))
+        expected[MAGNITUDE] = (1, outputs, *(1,) * (len(ins) - 1))
     for end, tensor in parts.items():
         if end == down and tensor.ndim and tensor.shape[0] != rank:
             faults.append(f"{module}.{end} has rank {tensor.shape[0]}, the config says {rank}")

@@ -55,6 +55,9 @@ def restart(
     | `prune_random`    | a random part `pruned` of them zero (0.99)    | kept                             |
     | `prune_magnitude` | the smallest part `pruned` of each leaf (0.9) | kept                             |
 
+    Where other leaves share the optimizer's state, its count goes on and the first steps of a block are
+    several learning rates long: give the factors an optimizer of their own (`optax.multi_transform`).
+
     `reset` is the least sensitive to the learning rate; tuned, the choices differ little.
 
     Args:
@@ -110,6 +113,8 @@ def restart(
         del step
         held = params if trainable is None else partition(params, trainable)[0]
         params = next_block(spec, params, key, stochastic=stochastic)
+        if on_boundary != "keep":
+            _check_moments(opt_state, held)
         if on_boundary == "reset":
             opt_state = reset_moments(opt_state, held, FACTORS, init=init)
         elif on_boundary != "keep":
@@ -151,7 +156,8 @@ def next_block(model: Adapted | LowRank, params: Any, key: jax.Array, *, stochas
         own = fold_path(key, path)
         total = with_update(spec, path, kernel, leaves)
         merged = rounded(total, kernel.dtype, fold_path(own, "round") if stochastic else None)
-        new = redrawn(spec, fold_path(own, "draw"), leaves, sizes_of(kernel.shape, leaves))
+        table = path.rpartition("/")[2] == "embedding"
+        new = redrawn(spec, fold_path(own, "draw"), leaves, sizes_of(kernel.shape, leaves), table=table)
         return merged, {**leaves, **new}
 
     return map_adapted(advanced, params)
@@ -197,6 +203,24 @@ def prune_moments(opt_state: Any, params: Any, part: float, *, key: jax.Array | 
     return map_params_state(cut, opt_state, params)
 
 
+def _check_moments(opt_state: Any, params: Any) -> None:
+    """Raises where the optimizer has arrays and none of them is a moment of a factor."""
+    factors = {path for path, hit in _selected(params) if hit}
+    found = set()
+
+    def seen(path: str, param: Any, leaf: jax.Array) -> jax.Array:
+        found.add(path)
+        return leaf
+
+    map_params_state(seen, opt_state, params)
+    arrays = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim and leaf.size > 1]
+    if arrays and not factors & found:
+        raise ValueError(
+            "the optimizer's state has no moments shaped like the factors: pass restart(trainable=) the "
+            "where of all that the optimizer trains, or on_boundary='keep'"
+        )
+
+
 def _selected(params: Any) -> list[tuple[str, bool]]:
     paths = [path for path, _ in leaves_with_paths(params)]
     return list(zip(paths, jax.tree.leaves(select(params, FACTORS)), strict=True))
@@ -213,9 +237,9 @@ def jagged_cosine(
 ) -> optax.Schedule:
     """A cosine that falls to zero at every restart and climbs back to itself within a few steps.
 
-    With c(t) the cosine from `peak` at the end of the warm-up to `floor * peak` at `steps`, the rate at step
-    t of the first block is c(t) with a linear warm-up, and in later blocks c(t) min(1, (t mod every + 1) /
-    rewarm).
+    With c(t) the cosine from `peak` at the end of the warm-up to `floor * peak` at `steps`, and w(t) = min(1,
+    (t + 1) / warmup), the rate at step t is c(t) w(t) in the first block, and in later ones c(t) min(w(t),
+    (t mod every + 1) / rewarm).
 
     Args:
       peak: the largest rate.
@@ -249,6 +273,6 @@ def jagged_cosine(
         cosine = peak * (floor + (1 - floor) * 0.5 * (1 + jnp.cos(math.pi * along)))
         first = jnp.minimum(1.0, (t + 1) / max(warmup, 1)) if warmup else 1.0
         again = jnp.minimum(1.0, (jnp.mod(t, every) + 1) / rewarm)
-        return cosine * jnp.where(t < every, first, again)
+        return cosine * jnp.where(t < every, first, jnp.minimum(first, again))
 
     return schedule

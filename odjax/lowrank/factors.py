@@ -104,7 +104,9 @@ def _random_a(spec: LowRank, key: jax.Array, shape: tuple[int, ...], inputs: int
     return jax.random.uniform(key, shape, spec.dtype, -bound, bound)
 
 
-def redrawn(spec: LowRank, key: jax.Array, leaves: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+def redrawn(
+    spec: LowRank, key: jax.Array, leaves: Mapping[str, Any], sizes: Sizes, *, table: bool = False
+) -> dict[str, Any]:
     """The leaves at the start of the next block of a chain: trained zeros, a fresh random half.
 
     Args:
@@ -112,6 +114,7 @@ def redrawn(spec: LowRank, key: jax.Array, leaves: Mapping[str, Any], sizes: Siz
       key: for the random half, where it is not drawn from a key of its own.
       leaves: name -> array of the block that ends.
       sizes: of the weight.
+      table: whether it is the table of an embedding, as in `recipes`.
 
     Returns:
       name -> array, same shapes and dtypes.
@@ -122,6 +125,9 @@ def redrawn(spec: LowRank, key: jax.Array, leaves: Mapping[str, Any], sizes: Siz
         if "lora_frozen" in leaves:
             new["lora_frozen"] = frozen_half(spec, new, sizes).astype(leaves["lora_frozen"].dtype)
         return new
+    if table:
+        b = leaves["lora_b"]
+        return {**new, "lora_b": jax.random.normal(key, b.shape, spec.dtype).astype(b.dtype)}
     inputs, _ = dims(sizes)
     a = leaves["lora_a"]
     new["lora_a"] = _random_a(spec, key, a.shape, inputs, a.shape[-1]).astype(a.dtype)
@@ -255,9 +261,10 @@ def column_norms(
     square = jnp.sum(w * w, axis=-2)
     if a is not None and b is not None:
         a, b = (leaf.astype(kind) for leaf in as_matrices(a, b, sizes))
-        cross = jnp.sum(jnp.einsum("...ir,...io->...ro", a, w) * b, axis=-2)
-        gram = jnp.einsum("...ir,...is->...rs", a, a)
-        own = jnp.sum(b * jnp.einsum("...rs,...so->...ro", gram, b), axis=-2)
+        exact = jax.lax.Precision.HIGHEST
+        cross = jnp.sum(jnp.einsum("...ir,...io->...ro", a, w, precision=exact) * b, axis=-2)
+        gram = jnp.einsum("...ir,...is->...rs", a, a, precision=exact)
+        own = jnp.sum(b * jnp.einsum("...rs,...so->...ro", gram, b, precision=exact), axis=-2)
         square = jnp.maximum(square + 2 * scale * cross + scale * scale * own, 1e-30)
     return jnp.sqrt(square).reshape(*sizes.batch, *sizes.outputs)
 

@@ -127,8 +127,8 @@ def rac_lora(
         bias, scale, embedding, pos_embedding, positions and cls.
       dimension_numbers: which axes are inputs and outputs, see `view_of`.
       stacked: paths of leaves whose first axis counts layers.
-      precondition: multiply the factor's gradient by (Q^T Q)^+; SGD with rate gamma / s^2 is then projected
-        gradient descent with rate gamma for every law.
+      precondition: multiply the factor's gradient by s^-2 (Q^T Q)^+; SGD with rate gamma is then projected
+        gradient descent with rate gamma for every law, and every scale.
       alpha: s = alpha / rank; None is alpha = rank, s = 1.
       clip_rank: lower the rank of a leaf to its smaller side instead of an error.
       cache_sketch: keep the sketches of the block in the state, dim x rank numbers a matrix (rank ones for

@@ -130,7 +130,12 @@ class LowRank:
             )
         if self.method == "lora_fa" and self.side == "left":
             raise ValueError("lora_fa freezes A, which is side='right': choose method='asym' for side='left'")
-        if self.precondition and 0.0 in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
+        alphas = (self.alpha, *(alpha for _, alpha in self.alpha_pattern))
+        if self.method == "pissa" and any(alpha is not None and alpha <= 0 for alpha in alphas):
+            raise ValueError(
+                "pissa takes the root of S / s: alpha must be positive, or None for a scale of 1"
+            )
+        if self.precondition and 0.0 in alphas:
             raise ValueError(
                 "precondition divides by the scale: alpha must not be 0, pass None for a scale of 1"
             )

@@ -17,7 +17,7 @@ import jax
 from odjax.core import Where, check_key, fold_path, leaves_with_paths, map_with_path, select
 from odjax.lowrank.factors import Sizes, recipes, redrawn, with_update
 from odjax.lowrank.matrices import DimensionNumbers, from_matrices, to_matrices, view_of
-from odjax.lowrank.methods import LowRank
+from odjax.lowrank.methods import CHAINS, LowRank
 
 
 class Frozen(NamedTuple):
@@ -111,7 +111,7 @@ def parameter_adapter(
             if not hit:
                 continue
             matrices, _ = stacked(path, leaf)
-            made = recipes(spec, path, _sizes(matrices), matrices)
+            made = recipes(spec, path, _sizes(matrices), matrices, table=_is_table(path))
             own = fold_path(key, path)
             leaves = {name: recipe.init(fold_path(own, name)) for name, recipe in made.items()}
             sketches[path] = {name: leaf for name, leaf in leaves.items() if name == "lora_sketch"}
@@ -131,6 +131,8 @@ def parameter_adapter(
         return map_with_path(sum_of, frozen.params)
 
     def advance(key: jax.Array, free: Free, frozen: Frozen) -> tuple[Free, Frozen]:
+        if method not in CHAINS:
+            raise ValueError(f"method {method!r} is no chain: advance is for {', '.join(CHAINS)}")
         params = materialize(free, frozen)
         sizes = {
             path: _sizes(stacked(path, leaf)[0]) for path, leaf in leaves_with_paths(params) if path in free
@@ -138,7 +140,10 @@ def parameter_adapter(
         new = {
             path: {
                 **free[path],
-                **redrawn(spec, fold_path(key, path), {**free[path], **frozen.sketches[path]}, sizes[path]),
+                **redrawn(
+                    *(spec, fold_path(key, path), {**free[path], **frozen.sketches[path]}, sizes[path]),
+                    table=_is_table(path),
+                ),
             }
             for path in free
         }
@@ -148,6 +153,10 @@ def parameter_adapter(
         return new, Frozen(params, sketches)
 
     return ParameterAdapter(init, materialize, advance)
+
+
+def _is_table(path: str) -> bool:
+    return path.rpartition("/")[2] == "embedding"
 
 
 def _sizes(matrices: jax.Array) -> Sizes:

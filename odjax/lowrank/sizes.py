@@ -94,4 +94,11 @@ def sizes_of(shape: tuple[int, ...], leaves: Mapping[str, Any]) -> Sizes:
                     f"{name} {list(leaves[name].shape)} does not fit a weight {list(shape)}: without its "
                     f"rank it must be {list(expected)}"
                 )
+    if "lora_a" in leaves and "lora_b" in leaves:
+        ranks = leaves["lora_a"].shape[-1], leaves["lora_b"].shape[batch]
+        if ranks[0] != ranks[1]:
+            raise ValueError(
+                f"lora_a {list(leaves['lora_a'].shape)} has rank {ranks[0]} and lora_b "
+                f"{list(leaves['lora_b'].shape)} rank {ranks[1]} beside a weight {list(shape)}"
+            )
     return sizes

@@ -122,8 +122,8 @@ class Leaf(NamedTuple):
 
 
 def _down(leaf: Leaf, made: Sketch, matrices: jax.Array, side: str, s: float, precondition: bool) -> Any:
-    """The factor's gradient s project(Q, G), as a stack of matrices."""
-    z = project(made, matrices, side) * jnp.asarray(s, matrices.dtype)
+    """The factor's gradient s project(Q, G), or s^-1 (Q^T Q)^+ project(Q, G), as a stack of matrices."""
+    z = project(made, matrices, side) * jnp.asarray(1 / s if precondition else s, matrices.dtype)
     if not precondition:
         return z
     inverse = inverse_gram(made, leaf.law, leaf.scale, leaf.dim(side))
@@ -165,7 +165,7 @@ def to_factor(leaf: Leaf, made: Sketch | Coin, g: jax.Array, s: float, precondit
       made: its sketch.
       g: gradient of the leaf.
       s: the scale of the update.
-      precondition: whether to multiply by (Q^T Q)^+.
+      precondition: whether to multiply by s^-2 (Q^T Q)^+.
 
     Returns:
       Shaped `leaf.factor_shape()`.

@@ -45,7 +45,7 @@ BAD = {
     "no magnitudes": ("llama-dora", lambda t: without(t, "magnitude"), {}, "lacks lora_magnitude_vector"),
     "magnitudes": ("llama-dora", None, {"use_dora": False}, "has lora_magnitude_vector that the config does not announce"),
     "lora_bias": ("bert-lora-bias", None, {"lora_bias": False}, "has lora_B.bias that the config does not announce"),
-    "DoRA of a table": ("llama-table", lambda t: {**t, **{k.replace("lora_embedding_A", "lora_magnitude_vector"): np.zeros(8, np.float32) for k in t if "embedding_A" in k}}, {"use_dora": True}, "embed_tokens is no linear layer"),
+    "DoRA of a table": ("llama-table", lambda t: {**t, **{k.replace("lora_embedding_A", "lora_magnitude_vector"): np.zeros(8, np.float32) for k in t if "embedding_A" in k}}, {"use_dora": True}, "embed_tokens is an embedding, DoRA adapts linear layers and convolutions"),
     "unknown setting": ("llama-lora", None, {"layer_replication": [[0, 2]]}, "no counterpart: {'layer_replication'"),
     "zero rank": ("llama-lora", None, {"r": 0}, "r must be a whole number from 1, got 0"),
     "rank is no number": ("llama-lora", None, {"rank_pattern": {"q_proj": 2.0}}, r"rank_pattern\['q_proj'\] must be a whole number"),

@@ -332,6 +332,8 @@ class Transposed(nn.Module):
         ),
         ({"precondition": True}, "'lora' has no frozen half: drop precondition=, or choose one of rac, asym"),
         ({"method": "rac", "precondition": True, "alpha": 0.0}, "alpha must not be 0, pass None"),
+        ({"method": "pissa", "alpha": -1.0}, "pissa takes the root of S / s: alpha must be positive"),
+        ({"method": "pissa", "alpha_pattern": {".*": 0.0}}, "alpha must be positive"),
         ({"cache_sketch": True}, "'lora' has no frozen half: drop cache_sketch="),
         (
             {"method": "rac", "law": "cyclic", "cache_sketch": True},

@@ -170,6 +170,32 @@ def test_the_edit_draws_from_the_key_of_the_run_and_its_own_name():
     np.testing.assert_array_equal(after["lora_a"], next_block(model, params, own)["lora_a"])
 
 
+def test_an_embedding_begins_a_block_as_it_began_the_first():
+    model = adapt(nn.Embed(50, 40), rank=8, method="cola", where="embedding")
+    params = model.init(KEY, jnp.zeros((2,), int))["params"]
+    for block in (params, next_block(model, params, KEY)):
+        assert not np.any(block["lora_a"])
+        assert np.std(block["lora_b"]) == pytest.approx(1, abs=0.2)
+
+
+def test_an_optimizer_of_more_than_the_factors_is_not_passed_over():
+    model = model_of()
+    params = model.init(KEY, X)["params"]
+    trained = FACTORS + "|bias"
+    held, _ = partition(params, trained)
+    state = optax.adam(0.1).init(held)
+    state = (state[0]._replace(mu=jax.tree.map(jnp.ones_like, held)), *state[1:])
+    with pytest.raises(ValueError, match=r"no moments shaped like the factors: pass restart\(trainable=\)"):
+        run_edit(restart(model, every=1), KEY, 1, params, state)
+    _, after = run_edit(restart(model, every=1, trainable=trained), KEY, 1, params, state)
+    assert not np.any(after[0].mu["lora_a"])
+    np.testing.assert_array_equal(after[0].mu["bias"], 1)
+    rows = (jnp.ones(3),)
+    with pytest.raises(ValueError, match="or on_boundary='keep'"):
+        run_edit(restart(model, every=1), KEY, 1, params, rows)
+    assert run_edit(restart(model, every=1, on_boundary="keep"), KEY, 1, params, rows)[1] is rows
+
+
 def test_the_jagged_cosine_starts_anew_after_each_restart():
     rate = jagged_cosine(2.0, 100, 25, warmup=5, rewarm=10, floor=0.1)
     values = np.array([rate(t) for t in range(100)])
@@ -180,6 +206,8 @@ def test_the_jagged_cosine_starts_anew_after_each_restart():
     plain = 2.0 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (np.arange(100) - 5) / 95)))
     np.testing.assert_allclose(values[10:25], plain[10:25], rtol=1e-5)
     np.testing.assert_allclose(values[60:75], plain[60:75], rtol=1e-5)
+    slow = jagged_cosine(1.0, 400, 50, warmup=200, rewarm=10, floor=1.0)
+    np.testing.assert_allclose([slow(49), slow(50), slow(59), slow(60)], [0.25, 0.1, 0.3, 0.305], rtol=1e-6)
     with pytest.raises(ValueError, match="warmup must be 0 to 9, fewer than steps"):
         jagged_cosine(1.0, 10, 5, warmup=10)
     with pytest.raises(ValueError, match="rewarm must be 1 to every=5"):
@@ -214,5 +242,9 @@ def test_a_tree_of_another_structure_is_refused():
     assert "kernel" in paths
     with pytest.raises(ValueError, match="does not fit a weight"):
         next_block(model, {**params, "kernel": jnp.ones((7, 4))}, KEY)
+    both = adapt(nn.Dense(4), rank=2, method="cola")
+    odd = {**both.init(KEY, X)["params"], "lora_b": jnp.ones((3, 4))}
+    with pytest.raises(ValueError, match=r"lora_a \[6, 2\] has rank 2 and lora_b \[3, 4\] rank 3 beside"):
+        next_block(both, odd, KEY)
     with pytest.raises(ValueError, match="selects no leaf"):
         run_edit(restart(model, every=1), KEY, 1, {"kernel": params["kernel"]}, state)

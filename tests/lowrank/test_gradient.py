@@ -79,9 +79,9 @@ def test_identity_2_adam_without_s_below_equals_adam_with_eps_over_s():
 def test_identity_3_preconditioned_sgd_is_projected_gradient_descent(law, side):
     with jax.enable_x64(True):
         f, w = quadratic((5, 4))
-        gamma, s = 0.1, 1.5
+        gamma = 0.1
         transform = rac_lora(
-            *(optax.sgd(gamma / s**2), 2, 1), key=KEY, side=side, law=law, alpha=3.0, precondition=True
+            *(optax.sgd(gamma), 2, 1), key=KEY, side=side, law=law, alpha=3.0, precondition=True
         )
         got = run(transform, lambda p: f(p["w"]), {"w": w}, 5)["w"]
         grad = jax.jit(jax.grad(f))
@@ -100,7 +100,7 @@ def test_identity_3_an_orthonormal_sketch_needs_no_preconditioner_and_a_gaussian
             options = {"key": KEY, "law": law, "scale": scale, "alpha": 3.0}
             return (
                 run(
-                    rac_lora(optax.sgd(0.04), 2, 2, precondition=p, **options),
+                    rac_lora(optax.sgd(0.04 * 1.5**2 if p else 0.04), 2, 2, precondition=p, **options),
                     lambda p: f(p["w"]),
                     {"w": w},
                     6,

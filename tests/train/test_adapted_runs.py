@@ -27,7 +27,7 @@ from odjax_train import Experiment, language_model
 from odjax_train.data import Text
 
 def experiment(method: str = "rac", start: Path | None = None, steps: int = 4, every: int = 2, rate: float = 1e-2,
-               width: int = 96, ema: float | None = None) -> Experiment:
+               width: int = 96) -> Experiment:
     """A small model, adapted.
 
     Args:
@@ -40,7 +40,7 @@ def experiment(method: str = "rac", start: Path | None = None, steps: int = 4, e
     return Experiment(
         model=model, task=language_model(), data=Text(source="text:{text_file}", length=32),
         optimizer=optax.adam(rate), trainable=trainable, edits=edits, start_from=start, steps=steps, batch=8,
-        ema=ema, eval_every=every, eval_batches=2, checkpoint_every=every, log_every=1,
+        eval_every=every, eval_batches=2, checkpoint_every=every, log_every=1,
     )
 '''
 

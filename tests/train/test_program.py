@@ -161,6 +161,22 @@ def test_an_edit_is_compiled_apart_and_changes_what_it_says(images, program_of):
         np.testing.assert_array_equal(b, a * 0.5)
 
 
+def test_the_average_of_what_an_edit_changes_begins_anew(images, program_of):
+    def apply(key, step, params, state):
+        del key, step
+        return {**params, "cls": params["cls"] + 1}, state
+
+    program = program_of(images(ema=0.9, edits=[Edit(apply, every=2, name="shift")]), 1, 1, 1)
+    with program.context():
+        state = program.init()
+        state = state._replace(ema=jax.tree.map(lambda e: e + 7, state.ema))
+        before = jax.device_get(state.ema)
+        ((_, edited),) = program.edits
+        state = edited(state)
+    np.testing.assert_array_equal(state.ema["cls"], state.params["cls"])
+    np.testing.assert_array_equal(state.ema["positions"], before["positions"])
+
+
 def test_bfloat16_compute_keeps_float32_parameters_and_learns(lm, program_of):
     with jax.numpy_dtype_promotion("standard"):  # the gradient of jax.nn.dot_product_attention needs it
         losses, state = run(program_of(lm(sizes={"dtype": jnp.bfloat16}), 1, 2, 1), 20)

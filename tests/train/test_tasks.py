@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from odjax.lowrank import adapt
+from odjax.models import MLP
 from odjax_train.tasks import add, classification, language_model, mean, translation
 
 
@@ -96,6 +98,20 @@ def test_label_smoothing_mixes_the_target_with_the_uniform_distribution(smoothin
     log_p = np.array(logits) - np.log(np.exp(logits).sum())
     target = (1 - smoothing) * np.eye(3)[[0, 2]] + smoothing / 3
     np.testing.assert_allclose(sums["loss"].total, -(target * log_p).sum(), rtol=1e-5)
+
+
+def test_an_adapted_model_drops_in_training_like_the_bare_one():
+    bare = MLP((8, 3), dropout=0.5)
+    image = jnp.linspace(-1.0, 1.0, 16).reshape(4, 4)
+    batch = {"image": image, "label": jnp.zeros(4, jnp.int32), "weight": jnp.ones(4)}
+    task = classification()
+    for model in (bare, adapt(bare, rank=1)):
+        variables = model.init(jax.random.key(0), image)
+        losses = [
+            float(task.loss(model, variables, batch, key)[0]["loss"].total)
+            for key in (None, jax.random.key(1), jax.random.key(2))
+        ]
+        assert len(set(losses)) == 3
 
 
 def test_examples_of_weight_zero_do_not_count():

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
-from odjax.core import leaves_with_paths, select
+from odjax.core import leaves_with_paths, map_with_path, select
 from odjax.io import PathMap, names_of, save_peft, save_safetensors, to_tensors
 from odjax.lowrank import merge
 from odjax.lowrank.adapt import Adapted
@@ -34,11 +34,7 @@ def merged(loaded: Loaded, *, rank: int | None = None, dtype: DTypeLike | None =
     Raises:
         UserError: the run's model is not adapted, or that rank cannot be served.
     """
-    model = loaded.program.experiment.model
-    if not isinstance(model, Adapted):
-        raise UserError(
-            f"the run's model, a {type(model).__name__}, is not adapted: there is nothing to merge"
-        )
+    model = _adapted(loaded, "merge")
 
     def run(params: Any) -> Any:
         weights = merge(model, params, rank=rank)
@@ -101,11 +97,12 @@ def export(loaded: Loaded, folder: Path, *, base: str | None = None) -> None:
     task = "CAUSAL_LM" if isinstance(model.inner, Decoder) else None
     if getattr(model.inner, "classes", None) is not None:
         task = "SEQ_CLS"
-    params = jax.tree.map(_whole, loaded.program.evaluated(loaded.state))
+    params = loaded.program.evaluated(loaded.state)
     trained = select(params, loaded.program.experiment.trainable)
-    beside = {
-        path for path, hit in leaves_with_paths(trained) if hit and path.rpartition("/")[2] not in LEAVES
-    }
+    factors = {path for path, _ in leaves_with_paths(params) if path.rpartition("/")[2] in LEAVES}
+    beside = {path for path, hit in leaves_with_paths(trained) if hit} - factors
+    # Of the weights that stay, only the shapes are looked at.
+    params = map_with_path(lambda path, leaf: _whole(leaf) if path in factors | beside else leaf, params)
 
     def save() -> None:
         try:
@@ -138,7 +135,8 @@ def write(path: Path, params: Any, metadata: dict[str, str], names: PathMap | No
     Raises:
         UserError: when it cannot be written.
     """
-    params = jax.tree.map(_whole, params)
+    if jax.process_count() > 1:  # one process alone copies an array at a time
+        params = jax.tree.map(_whole, params)
 
     def save() -> None:
         tensors = dict(leaves_with_paths(params)) if names is None else to_tensors(params, names)

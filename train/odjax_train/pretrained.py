@@ -27,11 +27,11 @@ from odjax_train.stored import fingerprints
 # Model -> how it is loaded, and which of its attributes the folder need not decide.
 _LOADERS = {
     Decoder: (load_llama, ("max_length",)),
-    Bert: (load_bert, ("max_length", "classes")),
+    Bert: (load_bert, ("max_length", "classes", "pooling")),
     ViT: (load_vit, ("classes",)),
 }
 _NOT_ARCHITECTURE = {
-    *("max_length", "classes", "pool", "pooling", "normalize", "dropout", "drop_path"),
+    *("max_length", "classes", "pool", "pooling", "interpolation", "dropout", "drop_path"),
     *("attention", "remat", "scan", "dtype", "param_dtype", "head", "parent", "name"),
 }
 
@@ -59,7 +59,7 @@ def start_from(source: Path, params: Any, model: nn.Module) -> tuple[Any, str]:
     mine = dict(leaves_with_paths(params))
     if source.suffix == ".safetensors":
         taken, name = _from_file(source, mine)
-    elif (source / "config.json").is_file() and not (source / "run.json").exists():
+    elif _is_huggingface(source):
         taken, name = _from_huggingface(source, mine, model)
     else:
         taken, name = _from_run(source, mine)
@@ -75,12 +75,37 @@ def start_from(source: Path, params: Any, model: nn.Module) -> tuple[Any, str]:
     return params, text
 
 
+def require(source: Path) -> None:
+    """Raises where there is nothing to start from, before anything is computed.
+
+    Args:
+        source: as of `start_from`.
+
+    Raises:
+        UserError: there is no such run, file or folder, or it cannot be read.
+    """
+    if source.suffix == ".safetensors":
+        _opened(source)
+    elif not _is_huggingface(source):
+        run_folder.read(source)
+        if not Checkpoints.finished(source / "checkpoints"):
+            raise UserError(f"{source} holds no checkpoint to start from")
+
+
+def _is_huggingface(source: Path) -> bool:
+    return (source / "config.json").is_file() and not (source / "run.json").exists()
+
+
+def _opened(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_safetensors(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def _from_run(folder: Path, mine: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], str]:
-    run_folder.read(folder)
-    steps = Checkpoints.finished(folder / "checkpoints")
-    if not steps:
-        raise UserError(f"{folder} holds no checkpoint to start from")
-    step = max(steps)
+    require(folder)
+    step = max(Checkpoints.finished(folder / "checkpoints"))
     at = (folder / "checkpoints" / str(step)).resolve()
     record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(at / "record")
     parts = [group for group in ("model", "frozen") if group in record["signature"]]
@@ -103,11 +128,7 @@ def _from_run(folder: Path, mine: Mapping[str, jax.Array]) -> tuple[dict[str, ja
 
 
 def _from_file(path: Path, mine: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], str]:
-    try:
-        tensors = load_safetensors(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return _placed(path, tensors, mine), str(path)
+    return _placed(path, _opened(path), mine), str(path)
 
 
 def _from_huggingface(

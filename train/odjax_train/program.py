@@ -169,7 +169,12 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
         edits=tuple(
             (
                 edit,
-                jax.jit(_edit(edit), in_shardings=(shardings,), out_shardings=shardings, donate_argnums=0),
+                jax.jit(
+                    _edit(experiment, edit),
+                    in_shardings=(shardings,),
+                    out_shardings=shardings,
+                    donate_argnums=0,
+                ),
             )
             for edit in experiment.edits
         ),
@@ -294,10 +299,17 @@ def _evaluate(experiment: Experiment) -> Callable[[Any, Any, Batch], Sums]:
     return evaluate
 
 
-def _edit(edit: Edit) -> Callable[[TrainState], TrainState]:
+def _edit(experiment: Experiment, edit: Edit) -> Callable[[TrainState], TrainState]:
     def apply(state: TrainState) -> TrainState:
         key = jax.random.wrap_key_data(state.key)
         params, opt_state = run_edit(edit, key, state.step, state.params, state.opt_state)
-        return state._replace(params=params, opt_state=opt_state)
+        ema = state.ema
+        if ema is not None:
+            # What an edit changes means something else from now on: its average begins anew.
+            before, after = (partition(tree, experiment.trainable)[0] for tree in (state.params, params))
+            ema = jax.tree.map(
+                lambda e, old, new: jnp.where(new == old, e, new.astype(jnp.float32)), ema, before, after
+            )
+        return state._replace(params=params, opt_state=opt_state, ema=ema)
 
     return apply

@@ -23,7 +23,7 @@ from odjax_train.flags import TrainFlags
 from odjax_train.loop import Outcome, StopRequest, evaluate, train
 from odjax_train.mesh import MeshShape, batch_sharding, bytes_per_device, make_mesh
 from odjax_train.metrics import Recorder
-from odjax_train.pretrained import start_from
+from odjax_train.pretrained import require, start_from
 from odjax_train.program import Program, build
 from odjax_train.sampling import continue_text
 from odjax_train.stored import groups_of
@@ -101,6 +101,8 @@ def _train(
         recorder.say(_heading(program, folder, data, parameters))
         restored = checkpoints.restore(program.state, warn=recorder.say) if resuming else None
         if restored is None:
+            if experiment.start_from is not None:
+                together(lambda: require(experiment.start_from))
             with program.context():
                 state = program.init()
             if experiment.start_from is not None:

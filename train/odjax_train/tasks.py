@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from odjax.lowrank import Adapted
+
 Batch = Mapping[str, jax.Array]
 Variables = Mapping[str, Any]
 
@@ -65,6 +67,7 @@ def _apply(
 
 
 def _takes_train(model: nn.Module) -> bool:
+    model = model.inner if isinstance(model, Adapted) else model
     return "train" in inspect.signature(type(model).__call__).parameters
 
 

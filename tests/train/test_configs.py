@@ -1,0 +1,57 @@
+"""The configurations build, and what the low-rank ones set fits together."""
+
+import pathlib
+
+import jax
+import pytest
+from tokenizers import Tokenizer, models
+
+from odjax.core import leaves_with_paths, partition
+from odjax.lowrank import Adapted
+from odjax_train.config import load
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("name", ["lm_stdlib", "lm_rac_lora", "vit_digits", "mlp_digits"])
+def test_a_configuration_builds_with_its_defaults(name, program_of):
+    program = program_of(load(CONFIGS / f"{name}.py").experiment(), 1, 1, 1)
+    assert program.state.step.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "edits", "numbers"),
+    # 192 x 192 four times, 192 x 512 twice and 512 x 192, in four layers.
+    [
+        ("rac", 1, 4 * (4 * 8 * 192 + 3 * 8 * 512)),
+        ("lora", 0, 4 * (4 * 8 * 384 + 3 * 8 * 704)),
+        ("asym", 0, 4 * (4 * 8 * 192 + 2 * 8 * 512 + 8 * 192)),
+        ("cola", 1, 4 * (4 * 8 * 384 + 3 * 8 * 704)),
+        ("full", 0, None),
+    ],
+)
+def test_the_adaptation_trains_what_its_method_trains(method, edits, numbers, program_of):
+    experiment = load(CONFIGS / "lm_rac_lora.py", {"method": method}).experiment()
+    assert isinstance(experiment.model, Adapted) == (method != "full")
+    assert len(experiment.edits) == edits
+    program = program_of(experiment, 1, 1, 1)
+    free, frozen = partition(program.state.params, experiment.trainable)
+    if numbers is None:
+        assert not jax.tree.leaves(frozen)
+    else:
+        assert sum(leaf.size for leaf in jax.tree.leaves(free)) == numbers
+    # A restart falls between two checkpoints, so that not every one of them holds the weights.
+    assert all(edit.every % experiment.checkpoint_every == 0 for edit in experiment.edits)
+    assert all(edit.every > experiment.checkpoint_every for edit in experiment.edits)
+
+
+def test_the_configuration_for_llama_weights_builds(tmp_path):
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).save(str(tmp_path / "tokenizer.json"))
+    config = load(CONFIGS / "llama_rac_lora.py", {"base": tmp_path, "source": "pydoc"})
+    experiment = config.experiment()
+    assert (experiment.start_from, experiment.model.layers) == (tmp_path, 16)
+    assert experiment.edits[0].every > experiment.checkpoint_every
+    tokens = jax.ShapeDtypeStruct((1, 8), "int32")
+    params = jax.eval_shape(experiment.model.init, jax.random.key(0), tokens)["params"]
+    dtypes = {path.rpartition("/")[2]: leaf.dtype for path, leaf in leaves_with_paths(params)}
+    assert (dtypes["kernel"], dtypes["lora_a"]) == ("bfloat16", "float32")
