@@ -22,6 +22,9 @@ from odjax.core.selection import gumbel_top_k_mask, top_k_mask
 Degrees = Literal["fixed", "poisson", "uniform"]
 Side = Literal["out", "in"]
 
+_AT_ONCE = 1 << 22
+"""Places of a stack that are drawn at a time, so that memory does not grow with the number of layers."""
+
 
 def link_count(density: float, n_in: int, n_out: int) -> int:
     """The number of links of a layer of a given density, rounded to the nearest integer.
@@ -76,7 +79,8 @@ def _for_each_slice(
         return one(key)
     count = math.prod(batch)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count, dtype=jnp.uint32))
-    masks = jax.vmap(one)(keys)
+    size = max(1, math.prod(jax.eval_shape(one, key).shape))
+    masks = jax.lax.map(one, keys, batch_size=max(1, min(count, _AT_ONCE // size)))
     return masks.reshape(*batch, *masks.shape[1:])
 
 
