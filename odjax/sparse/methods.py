@@ -1,0 +1,445 @@
+"""The methods that others are compared with: SET, RigL, MEST, GraNet, GMP, a static mask, SNIP, STE.
+
+Each is a choice of what to drop, what to grow and how much of it, on the engine of `odjax.sparse.engine`.
+Compare them at the same plan, the same number of gradient evaluations and the same dense leaves; GMP and
+GraNet start denser and cost more. `end` should be about three quarters of the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from odjax.core.paths import leaves_with_paths, map_with_path
+from odjax.sparse.engine import Masks, dst
+from odjax.sparse.masks import top_links
+from odjax.sparse.plans import Plan, check_plan, overall_density, target_links
+from odjax.sparse.schedules import Schedule, cosine, cubic
+
+
+def magnitude(key: jax.Array, w: jax.Array, mask: jax.Array, g: jax.Array, step: jax.Array) -> jax.Array:
+    """Score |w|: small weights go. See `odjax.sparse.engine`."""
+    return jnp.abs(w)
+
+
+def gradient_magnitude(
+    key: jax.Array, w: jax.Array, mask: jax.Array, g: jax.Array, step: jax.Array
+) -> jax.Array:
+    """Score |g|: where the loss is steepest, links grow. See `odjax.sparse.engine`."""
+    return jnp.abs(g)
+
+
+def uniform_random(key: jax.Array, w: jax.Array, mask: jax.Array, g: jax.Array, step: jax.Array) -> jax.Array:
+    """Score of 32 random bits: every absent link is as likely as any other. See `odjax.sparse.engine`."""
+    return jax.random.bits(key, w.shape)
+
+
+def set_(
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    key: jax.Array,
+    zeta: float | Schedule = 0.3,
+    interval: int = 100,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Sparse evolutionary training: the smallest weights go, random links come.
+
+    The paper drops a share of the smallest positive and of the largest negative weights apart; here it is the
+    smallest by size.
+
+    Args:
+      inner: the optimizer.
+      plan: which leaves are sparse and how many links each has.
+      key: a typed key.
+      zeta: share of links that is replaced.
+      interval: updates between two changes; an epoch in the paper.
+      **options: of `dst`, such as `end` or `masks`.
+
+    Returns:
+      A transform with state `DstState`.
+
+    Raises:
+      ValueError: as `dst`.
+
+    Source: Mocanu et al., Nature Communications 2018, arXiv 1707.04780.
+    """
+    return dst(
+        inner,
+        plan,
+        key=key,
+        drop=magnitude,
+        grow=uniform_random,
+        zeta=zeta,
+        interval=interval,
+        **options,
+    )
+
+
+def rigl(
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    key: jax.Array,
+    end: int,
+    zeta: float = 0.3,
+    interval: int = 100,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Rigging the lottery: the smallest weights go, links with the largest gradients come.
+
+    The share that is replaced falls from zeta to 0 at `end`, as half a cosine. A link that is dropped and has
+    the largest gradient comes back with its weight and moments.
+
+    Args:
+      inner: the optimizer.
+      plan: which leaves are sparse and how many links each has; `erk` is the paper's choice.
+      key: a typed key (for the links at the start).
+      end: the last update that may change links.
+      zeta: share of links that is replaced at the start.
+      interval: updates between two changes.
+      **options: of `dst`.
+
+    Returns:
+      A transform with state `DstState`.
+
+    Raises:
+      ValueError: as `dst` and `cosine`.
+
+    Source: Evci et al., ICML 2020, arXiv 1911.11134, algorithm 1.
+
+    Example:
+      >>> from odjax.sparse.plans import erk
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> optimizer = rigl(optax.adam(1e-3), erk(params, 0.75), key=jax.random.key(0), end=750)
+      >>> optimizer.init(params).masks["kernel"].shape
+      (1, 8)
+    """
+    share = cosine(zeta, end)
+    return dst(
+        inner,
+        plan,
+        key=key,
+        drop=magnitude,
+        grow=gradient_magnitude,
+        zeta=share,
+        interval=interval,
+        end=end,
+        **options,
+    )
+
+
+def mest(
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    key: jax.Array,
+    end: int,
+    lower: float | Schedule,
+    upper: float | Schedule | None = None,
+    weight: float = 0.01,
+    interval: int = 100,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Memory-economic sparse training: down to one density by |w| + weight |g|, up to another at random.
+
+    "EM": a `lower` that climbs to the density of the plan in stages, such as
+    `staged((0.08, 0.09, 0.10), (3000, 4000))` for a plan of 10 %. "EM&S": `lower` at the density of the plan
+    and an `upper` that comes down to it, such as `ems(0.10, end)`.
+
+    Args:
+      inner: the optimizer.
+      plan: which leaves are sparse and how many links each has at the end.
+      key: a typed key.
+      end: the last update that may change links.
+      lower: density that is kept, of all sparse leaves together.
+      upper: density after the growth; None is the plan's.
+      weight: of the gradient in the drop score (the paper's lambda).
+      interval: updates between two changes.
+      **options: of `dst`.
+
+    Returns:
+      A transform with state `DstState`.
+
+    Raises:
+      ValueError: as `dst`; a density that is no share.
+
+    Source: Yuan et al., NeurIPS 2021, arXiv 2110.14032.
+    """
+    for name, value in (("lower", lower), ("upper", upper)):
+        if isinstance(value, int | float) and not 0 < value <= 1:
+            raise ValueError(f"{name} must be a density above 0 and at most 1, got {value!r}")
+    planned = jnp.float32(overall_density(plan))
+    last = end // interval * interval if interval > 0 else end
+
+    def at(density: float | Schedule | None, step: int | jax.Array) -> jax.Array:
+        value = density(step) if callable(density) else density
+        return planned if value is None else jnp.asarray(value, jnp.float32)
+
+    def share(step: int | jax.Array) -> jax.Array:
+        high = jnp.where(jnp.asarray(step) >= last, planned, jnp.maximum(at(upper, step), planned))
+        return jnp.clip(1 - at(lower, step) / high, 0, 1)
+
+    def drop(key: jax.Array, w: jax.Array, mask: jax.Array, g: jax.Array, step: jax.Array) -> jax.Array:
+        return jnp.abs(w) + jnp.asarray(weight, w.dtype) * jnp.abs(g)
+
+    return dst(
+        inner,
+        plan,
+        key=key,
+        drop=drop,
+        grow=uniform_random,
+        zeta=share,
+        density=upper,
+        interval=interval,
+        end=end,
+        **options,
+    )
+
+
+def gmp(
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    key: jax.Array,
+    end: int,
+    start: int = 0,
+    density: float = 1.0,
+    interval: int = 100,
+    skip_step: bool = False,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Gradual magnitude pruning: from dense to the plan, the smallest weights first, and none comes back.
+
+    Args:
+      inner: the optimizer.
+      plan: which leaves are sparse and how many links each has at the end.
+      key: a typed key (used where the start is not dense).
+      end: the update at which the plan is reached.
+      start: the update up to which nothing is pruned.
+      density: at the start.
+      interval: updates between two prunings.
+      skip_step: leave the optimizer step out where links go.
+      **options: of `dst`.
+
+    Returns:
+      A transform with state `DstState`.
+
+    Raises:
+      ValueError: as `dst` and `cubic`.
+
+    Source: Zhu and Gupta 2017, arXiv 1710.01878.
+    """
+    return dst(
+        inner,
+        plan,
+        key=key,
+        drop=magnitude,
+        grow=None,
+        density=cubic(density, overall_density(plan), start, end),
+        interval=interval,
+        start=start,
+        end=end,
+        skip_step=skip_step,
+        **options,
+    )
+
+
+def granet(
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    key: jax.Array,
+    end: int,
+    start: int = 0,
+    density: float = 0.5,
+    zeta: float = 0.5,
+    floor: float = 0.005,
+    interval: int = 100,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Gradual pruning with neuroregeneration: as `gmp`, and a share of the links is replaced as in `rigl`.
+
+    Magnitudes are compared within a leaf (the paper also compares them over all leaves).
+
+    Args:
+      inner: the optimizer.
+      plan: which leaves are sparse and how many links each has at the end.
+      key: a typed key (for the links at the start).
+      end: the update at which the plan is reached; the last that may change links.
+      start: the update up to which the density stays.
+      density: at the start; 1 starts dense.
+      zeta: share of links that is replaced at the start; falls as half a cosine.
+      floor: the least share.
+      interval: updates between two changes.
+      **options: of `dst`.
+
+    Returns:
+      A transform with state `DstState`.
+
+    Raises:
+      ValueError: as `dst`, `cubic` and `cosine`.
+
+    Source: Liu et al., NeurIPS 2021, arXiv 2106.10404.
+    """
+    return dst(
+        inner,
+        plan,
+        key=key,
+        drop=magnitude,
+        grow=gradient_magnitude,
+        zeta=cosine(zeta, end, floor=floor),
+        density=cubic(density, overall_density(plan), start, end),
+        interval=interval,
+        start=start,
+        end=end,
+        **options,
+    )
+
+
+def static(
+    inner: optax.GradientTransformation, plan: Plan, *, key: jax.Array, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Links that stay where they are: random ones, or those given as `masks` (of `snip_masks`, for example).
+
+    Args:
+      inner: the optimizer.
+      plan: which leaves are sparse and how many links each has.
+      key: a typed key.
+      **options: of `dst`: `masks`.
+
+    Returns:
+      A transform with state `DstState`.
+
+    Raises:
+      ValueError: as `dst`.
+    """
+    return dst(inner, plan, key=key, drop=None, grow=None, **options)
+
+
+def _by_score(
+    score: Callable[[str, jax.Array], jax.Array], params: Any, plan: Plan, density: Any = None
+) -> Masks:
+    check_plan(plan, params)
+    planned = overall_density(plan)
+    found = {}
+    for path, x in leaves_with_paths(params):
+        if path in plan:
+            leaf = plan[path]
+            count = leaf.links if density is None else target_links(leaf, density, planned)
+            scores = score(path, x)
+            found[path] = top_links(scores, count, leaf.structure, batch_dims=leaf.batch_dims)
+    return found
+
+
+def _size(x: jax.Array) -> jax.Array:
+    return jnp.abs(x if x.dtype.itemsize > 4 else x.astype(jnp.float32))
+
+
+def magnitude_masks(params: Any, plan: Plan, *, density: float | jax.Array | None = None) -> Masks:
+    """One-shot magnitude pruning: the links with the largest |w| of every leaf.
+
+    Args:
+      params: the parameters.
+      plan: which leaves are sparse and how many links each has.
+      density: of all sparse leaves together, on the way to the plan; may be traced. None: the plan's.
+
+    Returns:
+      {path: bool mask}, for `apply_masks` or as `masks=` of a method.
+
+    Raises:
+      ValueError: a plan that does not fit the parameters.
+
+    Example:
+      >>> from odjax.sparse.plans import LeafPlan
+      >>> magnitude_masks({"w": jnp.array([[1.0, -3.0, 2.0]])}, {"w": LeafPlan((1, 3), 2)})
+      {'w': Array([[False,  True,  True]], dtype=bool)}
+    """
+    return _by_score(lambda path, x: _size(x), params, plan, density)
+
+
+def snip_masks(params: Any, gradients: Any, plan: Plan) -> Masks:
+    """SNIP: before training, the links with the largest |w g| of every leaf.
+
+    Args:
+      params: the parameters at the start, dense.
+      gradients: of the loss on one large batch, for all weights; the structure of `params`.
+      plan: which leaves are sparse and how many links each has.
+
+    Returns:
+      {path: bool mask}, for `static(..., masks=)` or any other method.
+
+    Raises:
+      ValueError: no gradients, or those of other parameters; a plan that does not fit.
+
+    Source: Lee, Ajanthan and Torr, ICLR 2019, arXiv 1810.02340, equation 6 (within each leaf).
+
+    Example:
+      >>> from odjax.sparse.plans import LeafPlan
+      >>> w, g = {"w": jnp.array([[1.0, -3.0, 2.0]])}, {"w": jnp.array([[2.0, 0.1, 1.0]])}
+      >>> snip_masks(w, g, {"w": LeafPlan((1, 3), 1)})
+      {'w': Array([[ True, False, False]], dtype=bool)}
+    """
+    found = dict(leaves_with_paths(gradients))
+    for path, leaf in plan.items():
+        got = tuple(found[path].shape) if path in found else None
+        if got != leaf.shape:
+            raise ValueError(
+                f"snip_masks needs the gradient of {path!r} with shape {leaf.shape}, got {got}: "
+                "pass jax.grad(loss)(params) of the dense model"
+            )
+    return _by_score(lambda path, x: _size(x) * _size(found[path]), params, plan)
+
+
+def ste(params: Any, masks: Plan | Callable[[str, jax.Array], jax.Array | None], **options: Any) -> Any:
+    """Straight-through masks: the forward pass sees masked weights, the gradient reaches all of them.
+
+    Not sparse training, but a strong way from dense to sparse: called on the parameters inside the loss, it
+    lets a pruned weight grow and come back.
+
+    Args:
+      params: dense parameters.
+      masks: a plan (the largest magnitudes, anew at every call), or `(path, w) -> bool mask` with None for
+        leaves that stay dense.
+      **options: of `magnitude_masks`: `density`.
+
+    Returns:
+      Parameters for the forward pass, whose gradient is that of the identity.
+
+    Raises:
+      ValueError: a mask of another shape; a plan that does not fit the parameters.
+
+    Source: Bengio, Léonard and Courville 2013, arXiv 1308.3432.
+
+    Example:
+      >>> from odjax.sparse.plans import LeafPlan
+      >>> plan, w = {"w": LeafPlan((1, 3), 1)}, {"w": jnp.array([[1.0, -3.0, 2.0]])}
+      >>> loss = lambda p: jnp.sum(ste(p, plan)["w"] ** 2)
+      >>> loss(w), jax.grad(loss)(w)["w"]
+      (Array(9., dtype=float32), Array([[ 0., -6.,  0.]], dtype=float32))
+      >>> jax.grad(lambda p: jnp.sum(ste(p, plan)["w"]))(w)["w"]
+      Array([[1., 1., 1.]], dtype=float32)
+    """
+    if callable(masks):
+        choose = masks
+        if options:
+            raise ValueError(
+                f"{sorted(options)} are options of plans, and masks= is a function: bind them in it"
+            )
+    else:
+        choose = magnitude_masks(jax.lax.stop_gradient(params), masks, **options).get
+
+    def one(path: str, w: jax.Array) -> jax.Array:
+        mask = choose(path, jax.lax.stop_gradient(w)) if callable(masks) else choose(path)
+        if mask is None:
+            return w
+        if mask.shape != w.shape:
+            raise ValueError(f"the mask of {path!r} has shape {mask.shape}, the leaf {w.shape}")
+        # w + (masked - w) is exactly masked: x - x and x + 0 are not rounded.
+        return w + jax.lax.stop_gradient(jnp.where(mask, w, jnp.zeros_like(w)) - w)
+
+    return map_with_path(one, params)
