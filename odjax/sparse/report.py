@@ -344,7 +344,7 @@ def overlap(removed: jax.Array, regrown: jax.Array, *, batch_dims: int = 0) -> j
       batch_dims: the first `batch_dims` axes are layers, each with its own share.
 
     Returns:
-      float32 of the batch shape; 0 where nothing was regrown.
+      float32 of the batch shape; 1 also where nothing was regrown.
 
     Raises:
       TypeError: masks that are not bool.
@@ -367,4 +367,5 @@ def overlap(removed: jax.Array, regrown: jax.Array, *, batch_dims: int = 0) -> j
     axes = tuple(range(batch_dims, removed.ndim))
     common = jnp.sum(removed & regrown, axis=axes, dtype=jnp.int32)
     grown = jnp.sum(regrown, axis=axes, dtype=jnp.int32)
-    return common.astype(jnp.float32) / jnp.maximum(grown, 1).astype(jnp.float32)
+    share = common.astype(jnp.float32) / jnp.maximum(grown, 1).astype(jnp.float32)
+    return jnp.where(grown > 0, share, jnp.ones_like(share))
