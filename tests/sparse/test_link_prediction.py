@@ -134,6 +134,14 @@ def test_blocks_of_rows_and_stacked_layers_give_the_same_bits(mask):
     np.testing.assert_array_equal(scores(mask[0], row_block=100), apart[0])
 
 
+def test_sums_over_more_than_4096_nodes_are_exact_too():
+    mask = np.random.default_rng(0).random((4200, 5)) < 0.5
+    got = scores(mask, row_block=600)
+    np.testing.assert_array_equal(scores(mask[::-1], row_block=600), got[::-1])
+    assert got.max() > 4096
+    np.testing.assert_allclose(got, scores(mask, row_block=600, exact=False), rtol=4200 * 2.0**-24)
+
+
 def test_blocks_of_rows_never_hold_all_pairs_of_inputs():
     mask = jax.ShapeDtypeStruct((4, 2048, 32), jnp.bool_)
     pairs = 4 * 2048 * 2048
