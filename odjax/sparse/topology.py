@@ -8,7 +8,8 @@ of all neurons tile that side evenly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -16,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from odjax.core.keys import check_key
+from odjax.core.keys import check_key, fold_path
 from odjax.core.selection import gumbel_top_k_mask, top_k_mask
+from odjax.sparse.correlation import feature_correlation
+from odjax.sparse.plans import Plan
 
 Degrees = Literal["fixed", "poisson", "uniform"]
 Side = Literal["out", "in"]
@@ -322,44 +325,6 @@ def er_mask(key: jax.Array, shape: Sequence[int], links: int, *, batch: Sequence
     return _random(key, shape, int(links), _checked_batch(batch))
 
 
-def feature_correlation(features: jax.Array) -> jax.Array:
-    """Pearson correlation between the features of a data set, with 0 where there is none.
-
-    Args:
-      features: [samples, n], real; in bfloat16 or float16 it is taken in float32.
-
-    Returns:
-      float32[n, n] (float64 for float64). The diagonal is 0, and so is every correlation with a feature that
-      is constant or has a NaN or an infinity.
-
-    Raises:
-      TypeError: features that are not real numbers.
-      ValueError: another rank, fewer than two samples.
-
-    Example:
-      >>> x = jnp.array([[0.0, 3.0, 1.0], [1.0, 2.0, 1.0], [2.0, 1.0, 1.0]])
-      >>> feature_correlation(x).round(3) + 0.0
-      Array([[ 0., -1.,  0.],
-             [-1.,  0.,  0.],
-             [ 0.,  0.,  0.]], dtype=float32)
-    """
-    x = jnp.asarray(features)
-    if x.ndim != 2 or x.shape[0] < 2:
-        raise ValueError(f"features must be [samples, n] with two samples or more, got {list(x.shape)}")
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(f"features must be real numbers, got {x.dtype}")
-    x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-    # Rounding of the mean would make equal numbers differ from it: constant features are found beforehand.
-    useful = jnp.all(jnp.isfinite(x), axis=0) & (jnp.min(x, axis=0) < jnp.max(x, axis=0))
-    x = jnp.where(useful, x, jnp.zeros_like(x))
-    x /= jnp.maximum(jnp.max(jnp.abs(x), axis=0, keepdims=True), jnp.finfo(x.dtype).tiny)
-    x -= jnp.mean(x, axis=0, keepdims=True)
-    norm = jnp.sqrt(jnp.sum(x * x, axis=0, keepdims=True))
-    x = jnp.where(norm > 0, x / jnp.where(norm > 0, norm, jnp.ones_like(norm)), jnp.zeros_like(x))
-    r = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
-    return jnp.where(jnp.eye(r.shape[0], dtype=bool), jnp.zeros_like(r), r)
-
-
 def csti_mask(features: jax.Array, shape: tuple[int, int], density: float) -> jax.Array:
     """Correlated sparse topology: links join the features that are most correlated over the training data.
 
@@ -402,3 +367,53 @@ def csti_mask(features: jax.Array, shape: tuple[int, int], density: float) -> ja
             "the layer, or take brf_mask"
         )
     return top_k_mask(jnp.tile(jnp.abs(r), (shape[0] // n, shape[1] // n)), links)
+
+
+def plan_masks(
+    key: jax.Array, plan: Plan, draw: Callable[..., jax.Array], *, inputs: Mapping[str, int] | None = None
+) -> dict[str, jax.Array]:
+    """A topology for every leaf of a plan, with exactly the links that are planned.
+
+    Args:
+      key: a typed key; a leaf's own key depends on its path alone.
+      plan: path -> `LeafPlan`, as of `odjax.sparse.plans.uniform`. Its batch axes are layers of a stack.
+      draw: `(key, n_in, n_out, density, batch=...) -> bool[*batch, n_in, n_out]`, such as
+        `functools.partial(brf_mask, r=0.25)` or `bsw_mask`.
+      inputs: regular expression for whole paths -> number of axes (after the batch axes) that are inputs; 1
+        where no pattern matches. Kernels (heads, head_dim, width) out of attention heads need 2.
+
+    Returns:
+      {path: bool mask of the leaf's shape}.
+
+    Raises:
+      TypeError: a legacy key.
+      ValueError: a leaf with a structure, which these topologies do not have; a number of axes that leaves no
+        inputs or outputs; a pattern that matches nothing; and what `draw` raises.
+
+    Example:
+      >>> from odjax.sparse.plans import uniform
+      >>> plan = uniform({"kernel": jnp.zeros((8, 6))}, 0.75)
+      >>> masks = plan_masks(jax.random.key(0), plan, partial(brf_mask, r=0.25))
+      >>> int(masks["kernel"].sum()), plan["kernel"].links
+      (12, 12)
+    """
+    check_key(key)
+    for pattern in inputs or {}:
+        if not any(re.fullmatch(pattern, path) for path in plan):
+            raise ValueError(f"inputs has {pattern!r}, which matches no path of the plan")
+    masks = {}
+    for path, leaf in plan.items():
+        if leaf.structure is not None:
+            raise ValueError(f"the plan of {path!r} has the structure {leaf.structure}: a topology has none")
+        counts = {count for pattern, count in (inputs or {}).items() if re.fullmatch(pattern, path)} or {1}
+        batch, shape = leaf.shape[: leaf.batch_dims], leaf.shape[leaf.batch_dims :]
+        if len(counts) > 1 or not 0 < min(counts) < len(shape):
+            raise ValueError(
+                f"{path!r} has the axes {shape} and by inputs= {sorted(counts)} of them are inputs: it takes "
+                "one number, and at least one axis for the outputs"
+            )
+        cut = min(counts)
+        n_in, n_out = math.prod(shape[:cut]), math.prod(shape[cut:])
+        mask = draw(fold_path(key, path), n_in, n_out, leaf.links / (n_in * n_out), batch=batch)
+        masks[path] = mask.reshape(leaf.shape)
+    return masks

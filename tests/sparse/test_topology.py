@@ -8,14 +8,27 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from odjax.sparse.topology import brf_mask, bsw_mask, csti_mask, er_mask, feature_correlation, link_count
+from odjax.sparse.correlation import feature_correlation
+from odjax.sparse.masks import NM, unpack
+from odjax.sparse.methods import static
+from odjax.sparse.plans import LeafPlan, uniform
+from odjax.sparse.topology import (
+    brf_mask,
+    bsw_mask,
+    csti_mask,
+    er_mask,
+    link_count,
+    plan_masks,
+)
 
+KEY = jax.random.key(0)
 seeds = st.integers(0, 2**31 - 1)
 # (n_in, n_out, density, r, law of the degrees); few, because each is compiled.
 FIELDS = [
@@ -203,6 +216,49 @@ def test_every_place_is_equally_likely_in_a_random_graph():
     assert np.abs(share - p).max() < 4 * math.sqrt(p * (1 - p) / draws)
 
 
+def planned():
+    """A plan for a stack of two layers with attention heads, and a matrix of its own."""
+    shapes = {"layers/q": (2, 8, 2, 4), "layers/out": (2, 2, 4, 8), "head": (8, 10)}
+    params = {path: jnp.ones(shape) for path, shape in shapes.items()}
+    return params, uniform(params, 0.7)
+
+
+@pytest.mark.parametrize("draw", [functools.partial(brf_mask, r=0.0), bsw_mask], ids=["fields", "world"])
+def test_the_topologies_of_a_plan_are_what_the_engine_starts_from(draw):
+    params, plan = planned()
+    masks = plan_masks(KEY, plan, draw, inputs={"layers/out": 2})
+    state = static(optax.sgd(0.1), plan, masks=masks, key=KEY).init(params)
+    for path, mask in masks.items():
+        np.testing.assert_array_equal(unpack(state.masks[path], mask.shape), mask)
+    # The outputs of a kernel have the degrees of its fields: heads and their dimensions together.
+    if draw is not bsw_mask:
+        assert np.ptp(masks["layers/q"].reshape(2, 8, 8).sum(axis=1)) <= 1
+        assert np.ptp(masks["layers/out"].reshape(2, 8, 8).sum(axis=1)) <= 1
+
+
+def test_the_topology_of_a_leaf_does_not_depend_on_the_other_leaves():
+    _, plan = planned()
+    alone = {"head": plan["head"]}
+    draw = functools.partial(bsw_mask, beta=0.5)
+    masks = plan_masks(KEY, plan, draw, inputs={"layers/out": 2})
+    np.testing.assert_array_equal(masks["head"], plan_masks(KEY, alone, draw)["head"])
+
+
+@pytest.mark.parametrize(
+    ("plan", "inputs", "message"),
+    [
+        ({}, {"head": 1}, "inputs has 'head', which matches no path of the plan"),
+        ({"head": LeafPlan((8, 10), 20)}, {"head": 2}, "at least one axis for the outputs"),
+        ({"head": LeafPlan((8, 10), 20)}, {"head": 0}, "at least one axis for the outputs"),
+        ({"q": LeafPlan((8, 2, 4), 20)}, {"q": 2, ".*": 1}, "[1, 2] of them are inputs: it takes one number"),
+        ({"head": LeafPlan((8, 10), 40, 0, NM(2, 4))}, None, "the plan of 'head' has the structure NM(n=2"),
+    ],
+)
+def test_a_plan_that_no_topology_fits_is_named(plan, inputs, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_masks(KEY, plan, bsw_mask, inputs=inputs)
+
+
 features = st.integers(0, 2**31 - 1).map(
     lambda seed: (
         np.random.default_rng(seed).normal(size=(20, 6)) @ np.random.default_rng(seed + 1).normal(size=(6, 6))
@@ -265,9 +321,6 @@ def test_a_wider_layer_repeats_the_correlations_like_tiles(x):
 def test_the_density_of_a_number_of_links_gives_back_that_number(links, n_in, n_out):
     links = min(links, n_in * n_out)
     assert link_count(links / (n_in * n_out), n_in, n_out) == links
-
-
-KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize(
