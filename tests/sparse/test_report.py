@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from odjax.sparse.masks import pack
-from odjax.sparse.removal import regrown_overlap
 from odjax.sparse.report import (
     Axes,
     degree_histogram,
@@ -138,14 +137,6 @@ def test_overlap_is_one_where_a_topology_stands_still_and_zero_where_all_links_a
     assert float(overlap(links, links)) == 1
     assert float(overlap(links, ~links)) == 0
     assert float(overlap(links, np.zeros((4, 5), bool))) == 1
-
-
-@given(seeds)
-def test_overlap_of_a_topology_step_is_that_of_its_three_masks(seed):
-    before, kept, after = (random_mask(seed + i, (2, 4, 5), 0.5) for i in range(3))
-    kept, after = kept & before, after | (kept & before)
-    expected = regrown_overlap(jnp.asarray(before), jnp.asarray(kept), jnp.asarray(after))
-    np.testing.assert_array_equal(overlap(before & ~kept, after & ~kept, batch_dims=1), expected)
 
 
 PARAMS = {"a": shaped((4, 5)), "deep": shaped((2, 4, 5)), "bias": shaped((5,))}
