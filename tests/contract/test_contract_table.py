@@ -20,8 +20,14 @@ from .contract_rows import KINDS, ROWS
 
 # Parts of models: each is in a row through the models that are made of it, and has tests of its own.
 PARTS = {"Adapted", "Attention", "FeedForward", "SwiGLU", "LayerNorm", "RMSNorm"}
-# They need what no row can give them: a named axis; the parameters of an adapted model.
-NOT_ALONE = {"odjax.lowrank.gradient.average_over", "odjax.lowrank.chain.restart"}
+# They need what no row can give them: a named axis; the parameters of an adapted model; a plan of the very
+# leaves that are sparse.
+NOT_ALONE = {
+    "odjax.lowrank.gradient.average_over",
+    "odjax.lowrank.chain.restart",
+    "odjax.sparse.engine.dst",
+    *(f"odjax.sparse.methods.{name}" for name in ("set_", "rigl", "mest", "gmp", "granet", "static")),
+}
 MADE_BY = {Edit: "edit", Statistic: "statistic", optax.GradientTransformation: "transform"}
 
 
