@@ -174,14 +174,18 @@ def test_a_slice_of_stacked_layers_is_the_mask_of_its_own_key(name):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_mask_does_not_depend_on_the_mesh(name):
+def test_the_mask_does_not_depend_on_the_mesh_and_only_counts_travel(name):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))
     key = jax.random.key(7)
-    sharded = jax.jit(lambda k: MAKERS[name](k, ()), out_shardings=NamedSharding(mesh, P("fsdp", "tensor")))(
-        key
-    )
+    layout = NamedSharding(mesh, P("fsdp", "tensor"))
+    compiled = jax.jit(lambda k: MAKERS[name](k, ()), out_shardings=layout).lower(key).compile()
+    sharded = compiled(key)
     assert len(sharded.sharding.device_set) == 8
     np.testing.assert_array_equal(sharded, MAKERS[name](key, ()))
+    collectives = re.findall(r"= \w+\[([\d,]*)\]\S* (all-\w+|collective-permute)", compiled.as_text())
+    assert {kind for _, kind in collectives} == {"all-reduce"}
+    # A count an output of a shard at most: 24 outputs are 6 on each of four devices.
+    assert max(math.prod(int(n) for n in sizes.split(",") if n) for sizes, _ in collectives) <= 6
 
 
 def test_a_small_world_lies_between_the_lattice_and_a_random_graph():
