@@ -43,6 +43,7 @@ def removal_logits(
     The exponent of the score, here `temperature`, is delta / (1 - delta) of the paper: 0 draws uniformly, and
     the larger it is, the closer to keeping the largest. Logarithms do not underflow where |w|^9 would. A link
     of weight 0 counts as the smallest normal float32, so that it stays a candidate, the least likely one.
+    With alpha 1 nothing is summed, and the logits are the same bits on any number of devices.
 
     Args:
       w: real [..., n, m]; leading axes are layers of their own. Weights off the mask do not matter.

@@ -11,6 +11,7 @@ from hypothesis import given
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from odjax.core import top_k_mask
 from odjax.sparse.link_prediction import NODE_PREDICTORS, ch_scores, common_neighbours, sharded_ch_scores
 
 N, M = 9, 6
@@ -170,6 +171,15 @@ def test_eight_devices_give_the_bits_of_one_and_gather_no_scores(mesh, row_block
     got = executable(placed)
     assert got.sharding.shard_shape(got.shape) == (2, 5, 21)
     np.testing.assert_array_equal(got, scores(mask))
+
+
+def test_the_links_grown_are_the_same_on_one_and_on_eight_devices(mesh):
+    mask = np.random.default_rng(3).random((40, 24)) < 0.1
+    one = jax.jit(lambda mask: top_k_mask(ch_scores(mask), 50))(mask)
+    eight = jax.jit(lambda mask: top_k_mask(sharded_ch_scores(mask, mesh=mesh, axis="data"), 50))(mask)
+    assert one.sum() == 50
+    assert not (np.asarray(one) & mask).any()
+    np.testing.assert_array_equal(eight, one)
 
 
 def test_devices_need_not_divide_the_nodes(mesh):

@@ -142,6 +142,25 @@ def test_stacked_layers_percolate_each_for_itself():
             np.testing.assert_array_equal(got[path][layer], want[path])
 
 
+def test_masks_in_shards_percolate_as_on_one_device_and_are_not_gathered():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    wiring = (
+        Junction((Ends("a", (1,)),), (Ends("b", (0,)),)),
+        Junction((Ends("b", (1,)),), (Ends("c", (0,)),)),
+    )
+    masks = random_masks({"a": (16, 24), "b": (24, 32), "c": (32, 16)}, 5, density=0.06)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None))
+    placed = jax.device_put(masks, rows)
+    fn = jax.jit(lambda masks: percolate(masks, wiring), out_shardings=rows)
+    executable = fn.lower(placed).compile()
+    gathered = [line for line in executable.as_text().splitlines() if " all-gather(" in line]
+    assert not [line for line in gathered if "[16,24]" in line or "[24,32]" in line or "[32,16]" in line]
+    want = run(masks, wiring)
+    for path, mask in executable(placed).items():
+        np.testing.assert_array_equal(mask, want[path])
+        assert want[path].sum() < masks[path].sum()
+
+
 def masked(params, masks, folded=None):
     """Parameters with 0 off the masks, and with constants added to some of them."""
 

@@ -60,6 +60,17 @@ def test_removal_never_keeps_an_absent_link_and_keeps_the_exact_count(seed, zeta
         assert kept.sum() == wanted
 
 
+def test_the_links_kept_by_magnitude_are_the_same_on_one_and_on_eight_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    w, mask = rng.standard_normal((16, 6)).astype(np.float32), rng.random((16, 6)) < 0.6
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None))
+    placed = jax.device_put((w, mask), rows)
+    want = soft(jax.random.key(0), w, mask, 20)
+    assert want.sum() == 20
+    np.testing.assert_array_equal(soft(jax.random.key(0), *placed, 20), want)
+
+
 def test_links_of_weight_zero_stay_candidates_at_every_temperature():
     w, mask = jnp.zeros((2, 3)), jnp.array([[True, False, True], [True, False, False]])
     logits = removal_logits(w, mask, alpha=0.0, temperature=9.0)
