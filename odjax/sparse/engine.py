@@ -10,9 +10,7 @@ plus Gumbel noise are a draw without replacement. A leaf of stacked layers comes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +23,7 @@ from odjax.core.optimizer_state import map_params_state
 from odjax.core.paths import leaves_with_paths, map_with_path
 from odjax.sparse.masks import NM, add_links, links, pack, packed_shape, top_links, unit, unpack
 from odjax.sparse.plans import LeafPlan, Plan, check_plan, overall_density, target_links
+from odjax.sparse.removal import keep_count
 from odjax.sparse.schedules import Schedule
 
 Score = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -138,14 +137,6 @@ def _check_initial(masks: Any, plan: Plan, exact: bool) -> None:
                     f"the mask of {path!r} has {found.tolist()} links, the plan {leaf.links}: "
                     "give every slice the number that was planned"
                 )
-
-
-def _share_of(count: int | jax.Array, share: float | jax.Array) -> int | jax.Array:
-    """floor(count * share), exactly for Python numbers."""
-    if isinstance(count, int) and isinstance(share, int | float):
-        return math.floor(count * Fraction(repr(float(share))))
-    product = jnp.asarray(count).astype(jnp.float32) * jnp.asarray(share, jnp.float32)
-    return jnp.clip(jnp.floor(product).astype(jnp.int32), 0, jnp.asarray(count, jnp.int32))
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -318,7 +309,7 @@ def dst(
             if isinstance(leaf.structure, NM) and density is not None:
                 mask = top_links(scores, now, leaf.structure, eligible=mask, **options)
             share = zeta(step) if callable(zeta) else zeta
-            dropped = 0 if grow is None else _share_of(now, share)
+            dropped = 0 if grow is None else now - keep_count(now, share)
             drops = None if isinstance(leaf.structure, NM) else leaf.structure
             size = unit(drops, leaf.shape[leaf.batch_dims :])
             keep = now - dropped // size * size

@@ -87,6 +87,20 @@ def test_em_prunes_to_the_lower_density_and_grows_back_to_the_plan():
     np.testing.assert_array_equal(masks[6], masks[5])
 
 
+@pytest.mark.parametrize("lower, keep", [(0.2, 8), (0.15, 6), (0.25, 10)])
+def test_mest_keeps_exactly_the_lower_density(lower, keep):
+    tx = mest(optax.sgd(0.0), PLAN, key=KEY, end=9, lower=lower, weight=0.0, interval=1, skip_step=False)
+    first = jnp.arange(40).reshape(8, 5) % 4 == 0
+    state = set_(optax.sgd(0.0), PLAN, key=KEY, masks={"w": first}).init(PARAMS)
+    update = jax.jit(jax.vmap(lambda key: tx.update(SLOPE, state._replace(key=key), PARAMS)[1].masks["w"]))
+    masks = jax.vmap(lambda words: unpack(words, (8, 5)))(
+        update(jax.random.key_data(jax.random.split(KEY, 200)))
+    )
+    # What 200 random growths have in common is what was kept.
+    common = np.asarray(masks).all(0)
+    np.testing.assert_array_equal(common, best(np.abs(np.asarray(PARAMS["w"])), keep, np.asarray(first)))
+
+
 def test_em_and_s_comes_down_to_the_plan_from_above():
     tx = mest(
         optax.sgd(0.01), PLAN, key=KEY, end=10, lower=0.25, upper=ems(0.25, 10, above=(0.25, 0.1)), interval=2
@@ -125,7 +139,7 @@ def test_granet_follows_the_density_and_regrows_as_much_as_it_drops_again():
 
 
 def test_a_static_mask_stays_and_may_be_snips():
-    masks = snip_masks(PARAMS, SLOPE, PLAN)
+    masks = jax.jit(lambda p, g: snip_masks(p, g, PLAN))(PARAMS, SLOPE)
     found, weights = run(static(optax.sgd(0.01), PLAN, key=KEY, masks=masks), 3)
     for mask, weight in zip(found, weights, strict=True):
         np.testing.assert_array_equal(mask, masks["w"])
@@ -176,7 +190,7 @@ def test_straight_through_takes_a_traced_density_a_structure_or_a_function():
     masked = jax.jit(lambda d: ste(PARAMS, PLAN, density=d)["w"])
     for density, count in ((1.0, 40), (0.5, 20), (0.25, 10)):
         assert int((masked(jnp.float32(density)) != 0).sum()) == count
-    groups = ste(PARAMS, uniform(PARAMS, structure=NM(2, 4)))["w"]
+    groups = jax.jit(lambda p: ste(p, uniform(PARAMS, structure=NM(2, 4)))["w"])(PARAMS)
     assert (np.asarray(groups != 0).reshape(2, 4, 5).sum(1) == 2).all()
     positive = ste(PARAMS, lambda path, w: w > 0 if path == "w" else None)
     np.testing.assert_array_equal(positive["w"], np.maximum(PARAMS["w"], 0))
