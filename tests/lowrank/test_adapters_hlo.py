@@ -239,8 +239,10 @@ def on_mesh(shape):
 def collectives_of(text):
     """How often the compiled program has (operation, dtype, shape)."""
     kinds = "all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute"
-    found = re.findall(rf"= \(?([a-z]\w*)\[([\d,]*)\]\S* ({kinds})(?:-start)?\(", text)
-    return collections.Counter((op, kind, dims) for kind, dims, op in found)
+    found = collections.Counter()
+    for result, op in re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text):
+        found.update((op, dtype, dims) for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", result))
+    return found
 
 
 @functools.cache
@@ -314,8 +316,7 @@ def test_sharded_and_unsharded_chains_are_the_same():
 
 
 def test_a_restart_on_a_mesh_gathers_no_weight():
-    text = on_mesh((2, 2, 2))[1]
-    gathered = [re.findall(r"\d+", dims) for dims in re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)]
-    largest = max((int(np.prod([int(n) for n in dims])) for dims in gathered), default=0)
+    found = collectives_of(on_mesh((2, 2, 2))[1])
+    sizes = [math.prod(int(n) for n in dims.split(",") if n) for _, _, dims in found]
     # A factor of all layers has at most 3 x 48 x 2 numbers, a weight of one layer at least 32 x 32.
-    assert largest <= 3 * 48 * 2
+    assert 0 < max(sizes) <= 3 * 48 * 2, found

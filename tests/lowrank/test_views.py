@@ -1,6 +1,7 @@
 """The two views of a chain are one method: the adapter with its restarts, and the gradient transform."""
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -142,16 +143,17 @@ def halves_of(spec, sketch, path, sizes, blocks):
     return law
 
 
-@settings(max_examples=6)
+@pytest.mark.parametrize(
+    "law,inner,kind",
+    list(zip(itertools.cycle(LAWS), sorted(INNERS), itertools.cycle(["scan", "dense", "heads"]))),
+)
+@settings(max_examples=2)
 @given(
-    kind=st.sampled_from(["dense", "heads", "scan"]),
     inputs=st.integers(2, 6),
-    outputs=st.integers(1, 5),
-    rank=st.integers(1, 3),
+    outputs=st.integers(2, 5),
+    rank=st.integers(2, 3),
     side=st.sampled_from(["left", "right", "auto"]),
-    law=st.sampled_from(LAWS),
-    inner=st.sampled_from(sorted(INNERS)),
-    alpha=st.sampled_from([None, 1.0, 5.0]),
+    alpha=st.sampled_from([5.0, 1.0, None]),
 )
 def test_identities_1_and_2_the_adapter_with_restarts_walks_through_the_weights_of_rac_lora(
     kind, inputs, outputs, rank, side, law, inner, alpha
