@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from odjax import io as io
     from odjax import lowrank as lowrank
     from odjax import models as models
+    from odjax import sparse as sparse
     from odjax.continual.shrink_perturb import shrink_perturb as shrink_perturb
     from odjax.core.edits import Edit as Edit
     from odjax.core.edits import as_transform as as_transform
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from odjax.lowrank.gradient import rac_lora as rac_lora
     from odjax.registry import METHODS as METHODS
 
-_FAMILIES = ("continual", "core", "io", "lowrank", "models", "registry")
+_FAMILIES = ("continual", "core", "io", "lowrank", "models", "registry", "sparse")
 _HOME = {
     "odjax.continual.shrink_perturb": ("shrink_perturb",),
     "odjax.core.edits": ("Edit", "as_transform", "run_edit", "run_edits"),
