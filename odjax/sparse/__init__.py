@@ -1,7 +1,7 @@
 """Dynamic sparse training: masks that change while a network is trained.
 
-`dst` is the engine around any optimizer; SET, RigL, MEST, GraNet, GMP and static masks are drop and grow rules
-on it. Cannistraci-Hebb scores, percolation and topologies of the start are functions of masks alone.
+`dst` is the engine around any optimizer; SET, RigL, MEST, GraNet, GMP and static masks are drop and grow
+rules on it. Cannistraci-Hebb scores, percolation and topologies of the start are functions of masks alone.
 """
 
 from odjax.sparse.compress import Compressed as Compressed

@@ -42,7 +42,7 @@ OURS = {
     "bert-asym": {"where": r"layers/attn/[qv]/kernel", "method": "asym"},
     "bert-cola": {"where": r"layers/.*/kernel", "method": "cola", "alpha": 1.0},
     "net-lora": {"where": r"emb/embedding|(conv|fc)/kernel", "alpha": 3.0, "init": "gaussian"},
-    "net-dora-conv": {"where": "(conv|fc)/kernel", "method": "dora", "alpha": 30.0},
+    "net-dora-conv": {"where": "(conv|mix)/kernel", "method": "dora", "alpha": 3.0},
     "net-lora_fa": {"where": "(conv|fc)/kernel", "method": "lora_fa", "alpha": 3.0},
     "net-conv1d": {"where": "mix/kernel", "alpha": 3.0},
     "net-mixed": {"where": "(fc|mix)/kernel", "alpha": 3.0},

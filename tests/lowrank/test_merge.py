@@ -103,7 +103,7 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize("method", ["lora", "rac", "dora", "rslora"])
+@pytest.mark.parametrize("method", ["lora", "rac", "dora", "rslora", "cola"])
 def test_materialize_gives_the_base_at_the_start_and_advance_keeps_the_function(method):
     adapter = parameter_adapter(method, rank=2, alpha=3.0)
     free, frozen = adapter.init(KEY, PARAMS)
@@ -111,7 +111,9 @@ def test_materialize_gives_the_base_at_the_start_and_advance_keeps_the_function(
     start = adapter.materialize(free, frozen)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), start, PARAMS)
     np.testing.assert_array_equal(start["layers"]["scale"], PARAMS["layers"]["scale"])
-    if method == "dora":
+    if method not in ("rac", "cola"):
+        with pytest.raises(ValueError, match=f"'{method}' is no chain: advance is for rac, cola, relora"):
+            adapter.advance(KEY, free, frozen)
         return
     free = jax.tree.map(lambda leaf: leaf + 0.1, free)
     before = adapter.materialize(free, frozen)
