@@ -68,8 +68,8 @@ def parameter_adapter(
 
     Raises:
       ValueError: a setting that is not possible; at `init`, when `where` selects nothing or a leaf is no
-        matrix; in `materialize` and `advance`, when the factors are not those of the parameters; in `advance`,
-        when the method is no chain.
+        matrix; in `materialize` and `advance`, when the factors are not those of the parameters; in
+        `advance`, when the method is no chain.
 
     Source: Malinovsky et al. 2024, "RAC-LoRA", algorithm 1.
 
