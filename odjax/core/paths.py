@@ -20,6 +20,30 @@ Where = str | Callable[[str, Any], bool]
 """A regular expression for the whole path of a leaf, or a predicate `(path, leaf) -> bool`."""
 
 
+NOT_KERNELS = ("bias", "scale", "embedding", "pos_embedding", "positions", "cls")
+"""Names of leaves that may have two axes and are no kernel of a linear map."""
+
+STACKED = r"(.*/)?layers/(?!\d+(/|$)).*"
+"""Paths of leaves that `nn.scan` stacked along their first axis (`layers/0/kernel` is a layer of a list)."""
+
+
+def is_stacked(path: str, stacked: str | None = STACKED) -> bool:
+    """Whether the first axis of a leaf counts layers.
+
+    Args:
+      path: of the leaf.
+      stacked: regular expression for the paths of stacked layers; None where there are none.
+
+    Returns:
+      True when the whole path matches.
+
+    Example:
+      >>> is_stacked("layers/attn/q/kernel"), is_stacked("layers/0/attn/q/kernel")
+      (True, False)
+    """
+    return stacked is not None and re.fullmatch(stacked, path) is not None
+
+
 def is_box(node: Any) -> bool:
     """Whether a node is a box around a value: Linen axis metadata or an `nnx.Variable`.
 

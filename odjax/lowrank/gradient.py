@@ -14,20 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from odjax.core.keys import check_key
-from odjax.core.paths import Where, leaves_with_paths, select
+from odjax.core.paths import NOT_KERNELS, STACKED, Where, is_stacked, leaves_with_paths, select
 from odjax.lowrank import boundary
-from odjax.lowrank.matrices import (
-    STACKED,
-    DimensionNumbers,
-    check_patterns,
-    is_stacked,
-    matrix_shape,
-    view_of,
-)
+from odjax.lowrank.matrices import DimensionNumbers, check_patterns, matrix_shape, view_of
 from odjax.lowrank.sketches import Bernoulli, Law, Scale, Side, check_law, check_scale, check_side, fixed_side
 from odjax.lowrank.subspace import Leaf, from_factor, prepare, to_factor, turn
-
-_NOT_KERNELS = ("bias", "scale", "embedding", "pos_embedding", "positions", "cls")
 
 
 class RacLoraState(NamedTuple):
@@ -187,7 +178,7 @@ def rac_lora(
         hits = [
             leaf.ndim - is_stacked(path, stacked) >= 2
             and jnp.issubdtype(leaf.dtype, jnp.floating)
-            and path.rpartition("/")[2] not in _NOT_KERNELS
+            and path.rpartition("/")[2] not in NOT_KERNELS
             for path, leaf in leaves
         ]
         if not any(hits):

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-STACKED = r"(.*/)?layers/(?!\d+(/|$)).*"
-"""Paths of leaves that `nn.scan` stacked along their first axis (`layers/0/kernel` is a layer of a list)."""
+from odjax.core.paths import STACKED, is_stacked
 
 _INTO_HEADS = ("q", "k", "v", "query", "key", "value")
 _FROM_HEADS = ("o", "out")
@@ -33,19 +32,6 @@ class MatrixView(NamedTuple):
 
 DimensionNumbers = Mapping[str, MatrixView] | Callable[[str, tuple[int, ...]], MatrixView] | None
 """A regular expression for whole paths -> view, or a function `(path, shape) -> view`, or the default."""
-
-
-def is_stacked(path: str, stacked: str | None = STACKED) -> bool:
-    """Whether the first axis of a leaf counts layers.
-
-    Args:
-      path: of the leaf.
-      stacked: regular expression for the paths of stacked layers; None where there are none.
-
-    Returns:
-      True when the whole path matches.
-    """
-    return stacked is not None and re.fullmatch(stacked, path) is not None
 
 
 def _fix(path: str, view: str) -> str:

@@ -48,12 +48,12 @@ from odjax.sparse.plans import custom as custom
 from odjax.sparse.plans import erk as erk
 from odjax.sparse.plans import uniform as uniform
 from odjax.sparse.removal import keep_count as keep_count
-from odjax.sparse.removal import regrown_overlap as regrown_overlap
 from odjax.sparse.removal import removal_logits as removal_logits
 from odjax.sparse.report import degree_histogram as degree_histogram
 from odjax.sparse.report import exploration as exploration
 from odjax.sparse.report import format_report as format_report
 from odjax.sparse.report import observe_links as observe_links
+from odjax.sparse.report import overlap as overlap
 from odjax.sparse.report import sparsity_report as sparsity_report
 from odjax.sparse.topology import brf_mask as brf_mask
 from odjax.sparse.topology import bsw_mask as bsw_mask

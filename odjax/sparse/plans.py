@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,13 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from odjax.core.paths import Where, leaves_with_paths, select
+from odjax.core.paths import NOT_KERNELS, STACKED, Where, is_stacked, leaves_with_paths, select
 from odjax.sparse.masks import NM, Structure, unit
-
-STACKED = r"(.*/)?layers/(?!\d+(/|$)).*"
-"""Paths of leaves that `nn.scan` stacked along their first axis (`layers/0/kernel` is a layer of a list)."""
-
-_DENSE = ("bias", "scale", "embedding", "pos_embedding", "positions", "cls")
 
 
 @dataclass(frozen=True)
@@ -67,13 +61,13 @@ def _fraction(sparsity: float, name: str = "sparsity") -> Fraction:
 def _chosen(params: Any, where: Where | None, stacked: str | None, allow_vectors: bool) -> dict[str, Any]:
     """path -> (shape, batch_dims) of the leaves to make sparse."""
     leaves = leaves_with_paths(params)
-    batch = {path: int(stacked is not None and bool(re.fullmatch(stacked, path))) for path, _ in leaves}
+    batch = {path: int(is_stacked(path, stacked)) for path, _ in leaves}
     found = {}
     hits = None if where is None else dict(leaves_with_paths(select(params, where)))
     for path, leaf in leaves:
         rank, floating = len(leaf.shape) - batch[path], jnp.issubdtype(leaf.dtype, jnp.floating)
         if hits is None:
-            chosen = rank >= 2 and floating and path.rpartition("/")[2] not in _DENSE
+            chosen = rank >= 2 and floating and path.rpartition("/")[2] not in NOT_KERNELS
         else:
             chosen = hits[path]
         if not chosen:

@@ -138,44 +138,6 @@ def keep_count(links: int | jax.Array, zeta: float | Fraction | jax.Array) -> in
     return (count - removed).astype(links.dtype)
 
 
-def regrown_overlap(before: jax.Array, kept: jax.Array, after: jax.Array) -> jax.Array:
-    """The part of the regrown links that had just been removed: 1 when an update changed nothing.
-
-    A layer whose overlap is above 0.9 has stopped evolving; when all layers have, one can stop rewiring.
-
-    Args:
-      before: bool [..., n, m], the mask before the update.
-      kept: bool [..., n, m], after the removal.
-      after: bool [..., n, m], after the regrowth.
-
-    Returns:
-      float32 [...], 1 also where nothing was regrown.
-
-    Raises:
-      TypeError: a mask that is not bool.
-      ValueError: shapes that differ, fewer than two axes.
-
-    Source: Zhang et al. 2024, "Epitopological learning ...", ICLR, early stop.
-
-    Example:
-      >>> before, kept = jnp.array([[True, True, False]]), jnp.array([[True, False, False]])
-      >>> float(regrown_overlap(before, kept, before))
-      1.0
-    """
-    masks = {"before": before, "kept": kept, "after": after}
-    shapes = {name: jnp.shape(mask) for name, mask in masks.items()}
-    for name, mask in masks.items():
-        if jnp.asarray(mask).dtype != jnp.bool_:
-            raise TypeError(f"{name} must be bool, got {jnp.asarray(mask).dtype}: type {name} != 0")
-    if len(set(shapes.values())) > 1 or len(shapes["before"]) < 2:
-        raise ValueError(f"before, kept and after must be bool [..., n, m] of one shape, got {shapes}")
-    regrown = after & ~kept
-    again = jnp.sum(regrown & before, axis=(-2, -1), dtype=jnp.int32)
-    total = jnp.sum(regrown, axis=(-2, -1), dtype=jnp.int32)
-    part = again.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
-    return jnp.where(total > 0, part, 1)
-
-
 def _multiply(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """High and low word of the 64-bit product of two uint32."""
     low, half = jnp.uint32(0xFFFF), jnp.uint32(16)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 
 from odjax.core import gumbel_top_k_mask, top_k_mask
-from odjax.sparse.removal import keep_count, regrown_overlap, removal_logits
+from odjax.sparse.removal import keep_count, removal_logits
 
 N, M = 5, 4
 
@@ -141,19 +141,6 @@ def test_a_count_in_float32_would_have_been_wrong():
     assert int(count_of(np.int32(links), np.float32(1.0))) == 0
 
 
-def test_the_part_of_regrown_links_that_had_been_removed():
-    before = jnp.array([[[True, True, True, False, False]]] * 3)
-    kept = jnp.array([[[True, False, False, False, False]]] * 3)
-    after = jnp.array(
-        [
-            [[True, True, False, True, False]],
-            [[True, False, False, True, True]],
-            [[True, False, False, False, False]],
-        ]
-    )
-    np.testing.assert_array_equal(regrown_overlap(before, kept, after), [0.5, 0, 1])
-
-
 def test_bad_input_is_named():
     w, mask = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
     with pytest.raises(TypeError, match="mask must be bool, got float32: type mask != 0"):
@@ -178,7 +165,3 @@ def test_bad_input_is_named():
         keep_count(jnp.ones(2), 0.5)
     with pytest.raises(TypeError, match="zeta must be a number or a float array, got int32"):
         keep_count(jnp.array([3]), jnp.array(1))
-    with pytest.raises(TypeError, match="after must be bool, got float32: type after != 0"):
-        regrown_overlap(mask, mask, w)
-    with pytest.raises(ValueError, match="of one shape, got"):
-        regrown_overlap(mask, mask, mask.T)
