@@ -61,11 +61,17 @@ def losses(folder: pathlib.Path) -> dict[int, float]:
 def stop_after(
     process: subprocess.Popen, folder: pathlib.Path, step: int, number: signal.Signals
 ) -> tuple[int, str]:
-    """Sends a signal as soon as the run has logged a step, and waits for the end."""
+    """Sends a signal as soon as the run has logged a step, and waits for the end.
+
+    A kill waits for the first finished checkpoint too: one that is being written is lost.
+    """
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         seen = steps(folder)
-        if seen and seen[-1]["step"] >= step:
+        written = number != signal.SIGKILL or any(
+            path.name.isdigit() for path in (folder / "checkpoints").glob("*")
+        )
+        if written and seen and seen[-1]["step"] >= step:
             process.send_signal(number)
             break
         time.sleep(0.02)

@@ -68,7 +68,8 @@ def test_a_kill_and_two_signals_leave_the_losses_bit_identical(config, uninterru
     assert processes.losses(folder) == uninterrupted[0]
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     resumes = [event["step"] for event in events if event.get("event") == "resume"]
-    assert resumes == [4, *resumed_at]
+    assert resumes[1:] == resumed_at
+    assert resumes[0] in range(4, resumed_at[0], 4)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(config, uninterrupted):
