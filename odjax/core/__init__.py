@@ -10,6 +10,11 @@ from odjax.core.keys import check_key as check_key
 from odjax.core.keys import fold_path as fold_path
 from odjax.core.keys import fold_step as fold_step
 from odjax.core.keys import keys_like as keys_like
+from odjax.core.matrices import DimensionNumbers as DimensionNumbers
+from odjax.core.matrices import MatrixView as MatrixView
+from odjax.core.matrices import from_matrices as from_matrices
+from odjax.core.matrices import to_matrices as to_matrices
+from odjax.core.matrices import view_of as view_of
 from odjax.core.optimizer_state import map_params_state as map_params_state
 from odjax.core.optimizer_state import reset_moments as reset_moments
 from odjax.core.paths import Where as Where

@@ -4,6 +4,11 @@
 a model with trained factors beside its frozen weights, `merge` puts them into the weights.
 """
 
+from odjax.core.matrices import DimensionNumbers as DimensionNumbers
+from odjax.core.matrices import MatrixView as MatrixView
+from odjax.core.matrices import from_matrices as from_matrices
+from odjax.core.matrices import to_matrices as to_matrices
+from odjax.core.matrices import view_of as view_of
 from odjax.lowrank.adapt import Adapted as Adapted
 from odjax.lowrank.adapt import adapt as adapt
 from odjax.lowrank.chain import jagged_cosine as jagged_cosine
@@ -13,11 +18,6 @@ from odjax.lowrank.chain import restart as restart
 from odjax.lowrank.gradient import RacLoraState as RacLoraState
 from odjax.lowrank.gradient import average_over as average_over
 from odjax.lowrank.gradient import rac_lora as rac_lora
-from odjax.lowrank.matrices import DimensionNumbers as DimensionNumbers
-from odjax.lowrank.matrices import MatrixView as MatrixView
-from odjax.lowrank.matrices import from_matrices as from_matrices
-from odjax.lowrank.matrices import to_matrices as to_matrices
-from odjax.lowrank.matrices import view_of as view_of
 from odjax.lowrank.merge import init_factors as init_factors
 from odjax.lowrank.merge import merge as merge
 from odjax.lowrank.merge import start_from as start_from

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from odjax.core.keys import check_key
+from odjax.core.matrices import DimensionNumbers, check_patterns, matrix_shape, view_of
 from odjax.core.paths import NOT_KERNELS, STACKED, Where, is_stacked, leaves_with_paths, select
 from odjax.lowrank import boundary
-from odjax.lowrank.matrices import DimensionNumbers, check_patterns, matrix_shape, view_of
 from odjax.lowrank.sketches import Bernoulli, Law, Scale, Side, check_law, check_scale, check_side, fixed_side
 from odjax.lowrank.subspace import Leaf, from_factor, prepare, to_factor, turn
 

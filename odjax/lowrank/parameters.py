@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 
 from odjax.core import Where, check_key, fold_path, leaves_with_paths, map_with_path, select
+from odjax.core.matrices import DimensionNumbers, from_matrices, to_matrices, view_of
 from odjax.lowrank.factors import Sizes, recipes, redrawn, with_update
-from odjax.lowrank.matrices import DimensionNumbers, from_matrices, to_matrices, view_of
 from odjax.lowrank.methods import CHAINS, LowRank
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from odjax.core.keys import fold_path, fold_step
-from odjax.lowrank.matrices import MatrixView, from_matrices, matrix_shape, to_matrices
+from odjax.core.matrices import MatrixView, from_matrices, matrix_shape, to_matrices
 from odjax.lowrank.sketches import (
     COORDINATES,
     Bernoulli,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from odjax.core.matrices import MatrixView, check_patterns, from_matrices, to_matrices, view_of
 from odjax.core.paths import leaves_with_paths
-from odjax.lowrank.matrices import MatrixView, check_patterns, from_matrices, to_matrices, view_of
 from odjax.models import decoder
 
 
