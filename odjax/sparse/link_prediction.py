@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 NodeWeight = Callable[[jax.Array, jax.Array], jax.Array]
@@ -189,8 +189,8 @@ def sharded_ch_scores(
     mask: jax.Array,
     predictor: str = "CH2_L3n",
     *,
-    mesh: Mesh,
-    axis: str | tuple[str, ...],
+    mesh: Mesh | AbstractMesh | None = None,
+    axis: str | tuple[str, ...] | None = None,
     row_block: int | None = None,
     exact: bool = True,
     precision: jax.lax.PrecisionLike = None,
@@ -198,24 +198,26 @@ def sharded_ch_scores(
     """`ch_scores` of one graph computed by many devices: the work and the memory divide by their number.
 
     Every device holds the whole mask (bool), looks at its share of the inputs and of the outputs, and one
-    all-to-all of a share of the scores brings the two together. No score is gathered, unless the
-    devices do not divide n: then XLA has no even layout for the result.
+    all-to-all of a share of the scores brings the two together. No score is gathered, as long as the devices
+    divide n or m. Where they divide neither, XLA has no even layout for the result: a program whose output
+    are the scores gathers them, one that goes on to select links gathers only the selected mask.
 
     Args:
       mask: bool [..., n, m], sharded in any way.
       predictor: a key of `NODE_PREDICTORS`.
-      mesh: of the devices.
-      axis: name of the mesh axis, or axes, to divide the work over.
+      mesh: of the devices, its axes automatic (`AxisType.Auto`). None: the mesh in force, of `jax.set_mesh`;
+        where there is none, this is `ch_scores`.
+      axis: name of the mesh axis, or axes, to divide the work over. None: all of them.
       row_block: as in `ch_scores`, of one device.
       exact: as in `ch_scores`.
       precision: as in `ch_scores`.
 
     Returns:
-      float32 [..., n, m], its rows sharded over `axis`.
+      float32 [..., n, m], its rows sharded over `axis`; its columns where the devices divide m but not n.
 
     Raises:
       TypeError: a mask that is not bool.
-      ValueError: as `ch_scores`, or an axis that the mesh does not have.
+      ValueError: as `ch_scores`, an axis that the mesh does not have, or one that is not automatic.
 
     Example:
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -225,10 +227,23 @@ def sharded_ch_scores(
     """
     mask = check_mask(mask)
     _check_options(mask, predictor, row_block, exact, precision)
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+    if axis is None:
+        axis = tuple(mesh.axis_names)
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     for name in axes:
+        if mesh.empty:
+            raise ValueError(f"no mesh is in force for the axis {name!r}: type mesh=, or jax.set_mesh(mesh)")
         if name not in mesh.shape:
             raise ValueError(f"the mesh has no axis {name!r}, only {', '.join(map(repr, mesh.shape))}")
+        kind = mesh.axis_types[mesh.axis_names.index(name)]
+        if kind != AxisType.Auto:
+            raise ValueError(
+                f"the mesh axis {name!r} must be of type Auto, got {kind.name}: name others with axis="
+            )
+    if not axes:
+        return _scores(mask, predictor, row_block, exact, precision)
     return _sharded_scores(mask, predictor, mesh, axes, row_block, exact, precision)
 
 
@@ -236,7 +251,7 @@ def sharded_ch_scores(
 def _sharded_scores(
     mask: jax.Array,
     predictor: str,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     axes: tuple[str, ...],
     row_block: int | None,
     exact: bool,
@@ -244,6 +259,9 @@ def _sharded_scores(
 ) -> jax.Array:
     devices = math.prod(mesh.shape[name] for name in axes)
     n, m = mask.shape[-2:]
+    turned = n % devices != 0 and m % devices == 0
+    if turned:  # the side that the devices divide is the one that comes out in shards
+        mask, n, m = jnp.swapaxes(mask, -1, -2), m, n
     # Nodes without links change no score.
     padded = jnp.pad(mask, [(0, 0)] * (mask.ndim - 2) + [(0, -n % devices), (0, -m % devices)])
 
@@ -266,8 +284,8 @@ def _sharded_scores(
         out_specs=P(*[None] * (mask.ndim - 2), axes, None),
         axis_names=set(axes),
         check_vma=False,
-    )(padded)
-    return scores[..., :n, :m]
+    )(padded)[..., :n, :m]
+    return jnp.swapaxes(scores, -1, -2) if turned else scores
 
 
 def over_layers(one: Callable[[jax.Array], jax.Array], mask: jax.Array, *, sequential: bool) -> jax.Array:

@@ -188,6 +188,31 @@ def test_devices_need_not_divide_the_nodes(mesh):
     np.testing.assert_array_equal(got, scores(mask))
 
 
+def test_devices_that_divide_the_outputs_alone_shard_the_outputs_and_gather_nothing(mesh):
+    mask = np.random.default_rng(2).random((13, 24)) < 0.3
+    fn = jax.jit(functools.partial(sharded_ch_scores, mesh=mesh, axis="data"))
+    executable = fn.lower(jax.device_put(mask, NamedSharding(mesh, P()))).compile()
+    assert " all-gather" not in executable.as_text()
+    got = executable(jax.device_put(mask, NamedSharding(mesh, P())))
+    assert got.sharding.shard_shape(got.shape) == (13, 3)
+    np.testing.assert_array_equal(got, scores(mask))
+
+
+def test_without_a_mesh_it_is_the_mesh_in_force_and_without_any_the_scores_of_one_device(mesh):
+    mask = jnp.asarray(np.random.default_rng(4).random((16, 9)) < 0.3)
+    grid = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    want = scores(mask)
+    with jax.set_mesh(grid):
+        for got, rows in [
+            (jax.jit(sharded_ch_scores)(mask), 2),
+            (sharded_ch_scores(mask), 2),
+            (sharded_ch_scores(mask, axis="data"), 4),
+        ]:
+            assert got.sharding.shard_shape(got.shape) == (rows, 9)
+            np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(sharded_ch_scores(mask), want)
+
+
 def test_a_mask_in_shards_gives_the_bits_of_one_device(mesh):
     mask = np.random.default_rng(2).random((16, 24)) < 0.2
     placed = jax.device_put(mask, NamedSharding(mesh, P("data", None)))
@@ -215,3 +240,7 @@ def test_bad_input_is_named():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(ValueError, match="the mesh has no axis 'model', only 'data'"):
         sharded_ch_scores(good, mesh=mesh, axis="model")
+    with pytest.raises(ValueError, match="no mesh is in force for the axis 'data': type mesh="):
+        sharded_ch_scores(good, axis="data")
+    with pytest.raises(ValueError, match="axis 'data' must be of type Auto, got Explicit"):
+        sharded_ch_scores(good, mesh=jax.make_mesh((1,), ("data",)))
