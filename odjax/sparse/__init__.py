@@ -13,13 +13,13 @@ from odjax.sparse.compress import nm_expand as nm_expand
 from odjax.sparse.compress import to_bcsr as to_bcsr
 from odjax.sparse.correlation import feature_correlation as feature_correlation
 from odjax.sparse.engine import DstState as DstState
-from odjax.sparse.engine import apply_masks as apply_masks
 from odjax.sparse.engine import dst as dst
 from odjax.sparse.init import kaiming as kaiming
 from odjax.sparse.init import masked as masked
 from odjax.sparse.init import swi as swi
 from odjax.sparse.link_prediction import ch_scores as ch_scores
 from odjax.sparse.link_prediction import sharded_ch_scores as sharded_ch_scores
+from odjax.sparse.mask_trees import apply_masks as apply_masks
 from odjax.sparse.masks import NM as NM
 from odjax.sparse.masks import Block as Block
 from odjax.sparse.masks import Channel as Channel

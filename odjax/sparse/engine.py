@@ -1,11 +1,6 @@
 """The engine of dynamic sparse training: an optimizer of sparse weights whose links move now and then.
 
-What differs between methods is plugged in: `drop` scores the links that are there, `grow` those that are not.
-A score is a function `(key, w, mask, g, step) -> scores` of the shape of the leaf, where w are the weights
-(0 where there is no link), mask the links (for `grow`: those that stay), g the gradient of the loss for all
-weights, the absent ones too, and step the number of the update. w and g are float32 (float64 for float64
-leaves). The largest scores stay, and grow. A random rule draws within the score: the k largest of log-weights
-plus Gumbel noise are a draw without replacement. A leaf of stacked layers comes whole, with its leading axis.
+How links move is a matter of scores, see `odjax.sparse.rewiring`.
 """
 
 from __future__ import annotations
@@ -15,20 +10,26 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from odjax.core.edits import Edit
 from odjax.core.keys import check_key, fold_path, fold_step
 from odjax.core.optimizer_state import map_params_state
-from odjax.core.paths import leaves_with_paths, map_with_path
-from odjax.sparse.masks import NM, add_links, links, pack, packed_shape, top_links, unit, unpack
-from odjax.sparse.plans import LeafPlan, Plan, check_plan, overall_density, target_links
-from odjax.sparse.removal import keep_count
+from odjax.core.paths import Where, leaves_with_paths, map_with_path
+from odjax.core.trees import combine, partition
+from odjax.sparse.mask_trees import Initial, Masks, apply_masks, check_initial, random_mask
+from odjax.sparse.masks import pack, unpack
+from odjax.sparse.plans import Plan, check_plan
+from odjax.sparse.rewiring import Rewiring, Score
 from odjax.sparse.schedules import Schedule
 
-Score = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-Masks = dict[str, jax.Array]
-Initial = Callable[[jax.Array, LeafPlan, int | jax.Array], jax.Array]
+
+class Cadence(NamedTuple):
+    """When links change: at multiples of `interval` from `start` to `end`."""
+
+    interval: int
+    start: int
+    end: int | None
 
 
 class DstState(NamedTuple):
@@ -40,6 +41,7 @@ class DstState(NamedTuple):
       masks: {path: packed mask}, see `odjax.sparse.masks.pack`.
       inner: state of the inner optimizer.
       history: {path: last value of every link while it was there}; () without init_new="history".
+      overlap: {path: float32 [*batch]}, the share of the links grown last that had just been dropped.
     """
 
     count: jax.Array
@@ -47,96 +49,7 @@ class DstState(NamedTuple):
     masks: Masks
     inner: Any
     history: Any = ()
-
-
-def random_mask(key: jax.Array, leaf: LeafPlan, count: int | jax.Array) -> jax.Array:
-    """Links drawn uniformly, as the structure allows.
-
-    Args:
-      key: a typed key.
-      leaf: what is planned.
-      count: links of each slice.
-
-    Returns:
-      bool mask of the leaf's shape.
-    """
-    return top_links(jax.random.bits(key, leaf.shape), count, leaf.structure, batch_dims=leaf.batch_dims)
-
-
-def apply_masks(params: Any, masks: Masks) -> Any:
-    """Parameters with zeros where there is no link, as `dst` has them after its first update.
-
-    Call it once on fresh parameters, so that the first gradient too is that of the sparse model.
-
-    Args:
-      params: the parameters.
-      masks: {path: packed mask}, `DstState.masks`, or {path: bool mask}.
-
-    Returns:
-      The parameters.
-
-    Example:
-      >>> apply_masks({"w": jnp.ones(3)}, {"w": jnp.array([True, False, True])})
-      {'w': Array([1., 0., 1.], dtype=float32)}
-    """
-
-    def one(path: str, x: jax.Array) -> jax.Array:
-        if path not in masks:
-            return x
-        mask = masks[path] if masks[path].dtype == jnp.bool_ else unpack(masks[path], x.shape)
-        return jnp.where(mask, x, jnp.zeros_like(x))
-
-    return map_with_path(one, params)
-
-
-def check_masks(masks: Masks, plan: Plan, *, exact: bool = True) -> None:
-    """Makes sure that masks, such as restored ones, are those of a plan.
-
-    Args:
-      masks: {path: packed mask}.
-      plan: path -> `LeafPlan`.
-      exact: also compare the numbers of links (not where a density schedule has not come to its end).
-
-    Raises:
-      ValueError: other paths, shapes or numbers of links.
-    """
-    for path in sorted({*masks, *plan}):
-        if path not in plan or path not in masks:
-            has, lacks = ("masks", "plan") if path in masks else ("plan", "masks")
-            raise ValueError(f"the {has} have {path!r} and the {lacks} do not: restore with the same plan")
-        leaf = plan[path]
-        if masks[path].shape != packed_shape(leaf.shape):
-            raise ValueError(
-                f"the mask of {path!r} has words of shape {masks[path].shape}, a leaf of shape {leaf.shape} "
-                f"needs {packed_shape(leaf.shape)}"
-            )
-        found = np.asarray(links(unpack(masks[path], leaf.shape), batch_dims=leaf.batch_dims))
-        if exact and (found != leaf.links).any():
-            raise ValueError(
-                f"the mask of {path!r} has {found.tolist()} links, the plan {leaf.links}: it was made with "
-                "another plan"
-            )
-
-
-def _check_initial(masks: Any, plan: Plan, exact: bool) -> None:
-    if masks is None or callable(masks):
-        return
-    for path in sorted({*masks, *plan}):
-        if path not in plan or path not in masks:
-            where = "which are not in the plan" if path in masks else "which masks= lacks"
-            raise ValueError(f"masks= must have the paths of the plan; look at {path!r}, {where}")
-        mask, leaf = masks[path], plan[path]
-        if mask.dtype != jnp.bool_ or mask.shape != leaf.shape:
-            raise ValueError(
-                f"the mask of {path!r} must be bool{list(leaf.shape)}, got {mask.dtype}{list(mask.shape)}"
-            )
-        if exact and not isinstance(mask, jax.core.Tracer):
-            found = np.asarray(mask).sum(axis=tuple(range(leaf.batch_dims, mask.ndim)))
-            if (found != leaf.links).any():
-                raise ValueError(
-                    f"the mask of {path!r} has {found.tolist()} links, the plan {leaf.links}: "
-                    "give every slice the number that was planned"
-                )
+    overlap: Any = ()
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -159,15 +72,19 @@ def dst(
     key: jax.Array,
     drop: Score | None,
     grow: Score | None,
+    prune: Score | None = None,
     zeta: float | jax.Array | Schedule = 0.3,
     density: float | jax.Array | Schedule | None = None,
+    across: bool = False,
     interval: int = 100,
     start: int = 0,
     end: int | None = None,
-    skip_step: bool = True,
+    skip_step: bool | None = None,
     percolate: Callable[[Masks], Masks] | None = None,
+    early_stop: float | None = None,
     init_new: Literal["zero", "history"] = "zero",
     masks: Mapping[str, jax.Array] | Initial | None = None,
+    by_edit: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains sparse weights with any optimizer, and moves a share of their links every `interval` updates.
 
@@ -175,7 +92,8 @@ def dst(
     of the links only. Update number `step`, a multiple of `interval` in [start, end], changes links instead
     (or after, with `skip_step=False`), each leaf by itself:
 
-        keep = the E - floor(zeta E) links with the largest drop scores, E = min(links now, target)
+        there = the E links with the largest prune scores, E = min(links now, target)
+        keep = the E - floor(zeta E) of them with the largest drop scores
         keep = percolate(keep), for all leaves together
         mask = keep and the target - |keep| absent links with the largest grow scores
 
@@ -194,21 +112,30 @@ def dst(
       inner: the optimizer.
       plan: which leaves are sparse and how many links each has, see `odjax.sparse.plans`.
       key: a typed key.
-      drop: score of links, see the module. None: links never change.
+      drop: score of links, see `odjax.sparse.rewiring`. None: links never change.
       grow: score of absent links. None: links are only dropped, to follow the density.
+      prune: score by which links go where the density falls; None: the drop does both.
       zeta: share of links that an update replaces, between 0 and 1; a number or a schedule.
       density: of all sparse leaves together, a number or a schedule; None stays at the plan's. Leaves follow
         it in proportion (`target_links`), never below the plan. The last update that changes links (the last
         multiple of `interval` up to `end`) goes to the plan whatever the schedule says.
+      across: where the density falls, compare the scores of all leaves and slices, so that their shares
+        differ from the plan's; the number of all links together is the plan's. It needs a vector of all
+        sparse weights.
       interval: updates between two changes.
       start: the first update that may change links.
       end: the last one; None for no limit.
-      skip_step: the update that changes links takes no optimizer step (the inner count stays, too).
+      skip_step: the update that changes links takes no optimizer step (the inner count stays, too). None:
+        so it is, unless an `Edit` changes links, which comes after the step.
       percolate: {path: bool mask} -> the same with fewer links; after the drop, before the growth.
+      early_stop: a layer whose grown links had just been dropped in more than this share is left alone from
+        then on. None: never. `DstState.overlap` has the share.
       init_new: a new link starts at "zero", or from "history", its last value while it was there (one more
         copy of the sparse leaves).
-      masks: the links at the start: {path: bool mask}, or `(key, leaf plan, count) -> mask`; None draws them
-        uniformly.
+      masks: the links at the start: {path: bool mask}, or `(key, leaf plan, count) -> mask`, such as
+        `odjax.sparse.topology.drawn(...)`; None draws them uniformly.
+      by_edit: links change when a `topology_edit` of this optimizer runs, and never in an update: for loops
+        that compile edits apart from the step. Scores then see no gradients.
 
     Returns:
       A transform whose state is `DstState`.
@@ -224,10 +151,9 @@ def dst(
 
     Example:
       >>> params = {"kernel": jnp.ones((8, 8))}
-      >>> size = lambda key, w, mask, g, step: jnp.abs(w)
-      >>> slope = lambda key, w, mask, g, step: jnp.abs(g)
       >>> optimizer = dst(optax.sgd(0.1), {"kernel": LeafPlan((8, 8), 16)}, key=jax.random.key(0),
-      ...                 drop=size, grow=slope, interval=2)
+      ...                 drop=lambda layer: jnp.abs(layer.w), grow=lambda layer: jnp.abs(layer.gradient),
+      ...                 interval=2)
       >>> state = optimizer.init(params)
       >>> for _ in range(5):
       ...     gradients = jax.tree.map(lambda p: p - 2, params)
@@ -249,29 +175,35 @@ def dst(
             raise ValueError(
                 f"no update from start={start} to end={end} is a multiple of interval={interval}: move end"
             )
+    if by_edit and skip_step:
+        raise ValueError("skip_step=True with by_edit=True: an Edit comes after the step of its update")
+    skip_step = not by_edit if skip_step is None else skip_step
     if interval == 1 and skip_step and drop is not None:
         raise ValueError("interval=1 with skip_step=True never takes a step: pass skip_step=False")
     if drop is None and grow is not None:
         raise ValueError("grow without drop never changes a link: give drop a score, such as the magnitude")
-    if percolate is not None and any(leaf.structure is not None for leaf in plan.values()):
+    structured = any(leaf.structure is not None for leaf in plan.values())
+    if percolate is not None and structured:
         raise ValueError("percolate breaks groups and blocks: use it with unstructured plans only")
+    if across and (density is None or structured):
+        raise ValueError(
+            "across=True is for pruning: it needs a density that falls, and plans without structure"
+        )
+    if early_stop is not None and (density is not None or not 0 <= early_stop <= 1):
+        raise ValueError(
+            f"early_stop must be a share between 0 and 1, and density None, got {early_stop!r}, {density!r}"
+        )
     if init_new not in ("zero", "history"):
         raise ValueError(f"init_new must be 'zero' or 'history', got {init_new!r}")
     for name, value in (("zeta", zeta), ("density", density)):
         if isinstance(value, int | float) and not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
-    _check_initial(masks, plan, exact=density is None)
+    check_initial(masks, plan, exact=density is None)
     inner = optax.with_extra_args_support(inner)
     impl = jax.random.key_impl(key)
-    planned = overall_density(plan)
     initial = random_mask if masks is None else masks
-
-    def target(leaf: LeafPlan, step: int | jax.Array) -> int | jax.Array:
-        if density is None:
-            return leaf.links
-        wanted = density(step) if callable(density) else density
-        count = target_links(leaf, wanted, planned)
-        return count if last is None else jnp.where(step >= last, jnp.int32(leaf.links), count)
+    cadence = Cadence(interval, start, end)
+    rewiring = Rewiring(plan, drop, grow, prune, zeta, density, last, across, percolate, early_stop)
 
     def init(params: Any) -> DstState:
         check_plan(plan, params)
@@ -279,52 +211,21 @@ def dst(
         for path, leaf in plan.items():
             if callable(initial):
                 own = fold_path(fold_step(key, 0), path)
-                words[path] = pack(initial(own, leaf, target(leaf, 0)))
+                with jax.ensure_compile_time_eval():
+                    count = rewiring.target(leaf, 0)
+                count = count if isinstance(count, jax.core.Tracer) else int(count)
+                mask = initial(own, leaf, count)
+                if mask.shape != leaf.shape:
+                    raise ValueError(f"masks= made {mask.shape} for {path!r}, a leaf of shape {leaf.shape}")
+                words[path] = pack(mask)
             else:
                 words[path] = pack(initial[path])
         now = apply_masks(params, words)
         shapes = dict(leaves_with_paths(params))
         history = {p: jnp.zeros_like(shapes[p]) for p in plan} if init_new == "history" else ()
         count = jnp.zeros([], jnp.int32)
-        return DstState(count, jax.random.key_data(key), words, inner.init(now), history)
-
-    def score(
-        fn: Score, path: str, key: jax.Array, w: jax.Array, mask: jax.Array, g: jax.Array, step: jax.Array
-    ) -> jax.Array:
-        scores = fn(key, w, mask, g, step)
-        if scores.shape != mask.shape:
-            raise ValueError(f"a score of {path!r} has shape {scores.shape}, the leaf {mask.shape}")
-        return scores
-
-    def rewire(old: Masks, w: Masks, g: Masks, step: jax.Array, key: jax.Array) -> Masks:
-        own = {path: fold_path(fold_step(key, step), path) for path in plan}
-        kept, goal = {}, {}
-        for path, leaf in plan.items():
-            options = {"batch_dims": leaf.batch_dims}
-            mask, goal[path] = old[path], target(leaf, step)
-            scores = score(drop, path, jax.random.fold_in(own[path], 0), w[path], mask, g[path], step)
-            now = goal[path]
-            if density is not None:
-                now = jnp.minimum(links(mask, **options), now)
-            if isinstance(leaf.structure, NM) and density is not None:
-                mask = top_links(scores, now, leaf.structure, eligible=mask, **options)
-            share = zeta(step) if callable(zeta) else zeta
-            dropped = 0 if grow is None else now - keep_count(now, share)
-            drops = None if isinstance(leaf.structure, NM) else leaf.structure
-            size = unit(drops, leaf.shape[leaf.batch_dims :])
-            keep = now - dropped // size * size
-            kept[path] = top_links(scores, keep, drops, eligible=mask, **options)
-        if percolate is not None:
-            kept = percolate(kept)
-        if grow is None:
-            return kept
-        new = {}
-        for path, leaf in plan.items():
-            key = jax.random.fold_in(own[path], 1)
-            live = jnp.where(kept[path], w[path], jnp.zeros_like(w[path]))
-            scores = score(grow, path, key, live, kept[path], g[path], step)
-            new[path] = add_links(kept[path], scores, goal[path], leaf.structure, batch_dims=leaf.batch_dims)
-        return new
+        overlap = {path: jnp.zeros(leaf.batch_shape, jnp.float32) for path, leaf in plan.items()}
+        return DstState(count, jax.random.key_data(key), words, inner.init(now), history, overlap)
 
     def cleared(inner_state: Any, stays: Masks, params: Any) -> Any:
         """The inner state with that of the start wherever a link does not stay."""
@@ -339,17 +240,31 @@ def dst(
 
         return map_params_state(one, inner_state, params)
 
-    def update(updates: Any, state: DstState, params: Any = None, **extra: Any) -> tuple[Any, DstState]:
+    def update(
+        updates: Any,
+        state: DstState,
+        params: Any = None,
+        *,
+        rewire: Cadence | None = None,
+        **extra: Any,
+    ) -> tuple[Any, DstState]:
         if params is None:
             raise ValueError("dst needs the parameters: call update(gradients, state, params)")
+        if rewire is not None:
+            _check_cadence(rewire, cadence, by_edit)
         check_plan(plan, params)
-        count = optax.safe_increment(state.count)
+        count = state.count if rewire is not None else optax.safe_increment(state.count)
         old = {path: unpack(state.masks[path], leaf.shape) for path, leaf in plan.items()}
-        flat, gradients = dict(leaves_with_paths(params)), dict(leaves_with_paths(updates))
+        flat = dict(leaves_with_paths(params))
+        gradients = None if rewire is not None else dict(leaves_with_paths(updates))
 
         def inner_step() -> tuple[Any, Any]:
             own = map_with_path(lambda path, g: _zero(path, old, g), updates)
             return inner.update(own, state.inner, apply_masks(params, old), **extra)
+
+        def no_step() -> tuple[Any, Any]:
+            like = params if rewire is not None else jax.eval_shape(ordinary)[0]
+            return jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), like), state.inner
 
         def settled(changes: Any, stays: Masks, born: Masks, history: Any) -> Any:
             def one(path: str, change: jax.Array, p: jax.Array) -> jax.Array:
@@ -365,17 +280,13 @@ def dst(
 
             return map_with_path(one, changes, params)
 
-        def ordinary() -> tuple[Any, Masks, Any, Any]:
+        def ordinary() -> tuple[Any, DstState]:
             changes, inner_state = inner_step()
             changes = settled(changes, old, {}, ())
-            return changes, state.masks, cleared(inner_state, old, params), state.history
+            return changes, state._replace(count=count, inner=cleared(inner_state, old, params))
 
-        def topology() -> tuple[Any, Masks, Any, Any]:
-            if skip_step:
-                like = jax.eval_shape(ordinary)[0]
-                changes, inner_state = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), like), state.inner
-            else:
-                changes, inner_state = inner_step()
+        def topology() -> tuple[Any, DstState]:
+            changes, inner_state = no_step() if skip_step or rewire is not None else inner_step()
             moved = {}
             for path, change in leaves_with_paths(changes):
                 if path in plan:
@@ -384,8 +295,9 @@ def dst(
                     value = (p.astype(wider) + change.astype(wider)).astype(p.dtype)
                     moved[path] = _zero(path, old, value)
             w = {path: _wide(moved[path]) for path in plan}
-            g = {path: _wide(gradients[path]) for path in plan}
-            new = rewire(old, w, g, count, jax.random.wrap_key_data(state.key, impl=impl))
+            g = None if gradients is None else {path: _wide(gradients[path]) for path in plan}
+            own = jax.random.wrap_key_data(state.key, impl=impl)
+            new, overlap = rewiring(old, w, g, count, own, state.overlap)
             stays = {path: new[path] & old[path] for path in plan}
             history, born = state.history, {}
             if init_new == "history":
@@ -393,18 +305,75 @@ def dst(
                 born = {path: new[path] & ~old[path] for path in plan}
             changes = settled(changes, stays, born, history)
             words = {path: pack(mask) for path, mask in new.items()}
-            return changes, words, cleared(inner_state, stays, params), history
+            inner_state = cleared(inner_state, stays, params)
+            return changes, DstState(count, state.key, words, inner_state, history, overlap)
 
-        if drop is None:
-            result = ordinary()
-        elif interval == 1 and start <= 1 and end is None:
-            result = topology()
-        else:
-            due = (count % interval == 0) & (count >= start)
-            if end is not None:
-                due &= count <= end
-            result = jax.lax.cond(due, topology, ordinary)
-        changes, words, inner_state, history = result
-        return changes, DstState(count, state.key, words, inner_state, history)
+        if rewire is not None:
+            return topology()
+        if drop is None or by_edit:
+            return ordinary()
+        if interval == 1 and start <= 1 and end is None:
+            return topology()
+        due = (count % interval == 0) & (count >= start)
+        if end is not None:
+            due &= count <= end
+        return jax.lax.cond(due, topology, ordinary)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_cadence(asked: Cadence, own: Cadence, by_edit: bool) -> None:
+    if not by_edit:
+        raise ValueError("a topology_edit needs an optimizer made with by_edit=True: it changes links twice")
+    if asked != own:
+        raise ValueError(
+            f"a topology_edit every {asked.interval} updates from {asked.start} to {asked.end} is not its "
+            f"optimizer's, every {own.interval} from {own.start} to {own.end}: give both the same numbers"
+        )
+
+
+def topology_edit(
+    optimizer: optax.GradientTransformation,
+    *,
+    every: int,
+    start: int = 0,
+    end: int | None = None,
+    trainable: Where = ".*",
+    name: str = "topology",
+) -> Edit:
+    """The change of links of a sparse optimizer as an `Edit`, for loops that compile edits apart.
+
+    The same masks and weights, bit for bit, as by the optimizer itself with `skip_step=False`. It uses the
+    optimizer's key, not the loop's.
+
+    Args:
+      optimizer: of `dst` or a method on it, made with `by_edit=True`; its state is what the loop carries.
+      every: the optimizer's `interval`.
+      start: the optimizer's `start`.
+      end: the optimizer's `end`.
+      trainable: the parameters that the optimizer was initialised with.
+      name: of the edit.
+
+    Returns:
+      An `Edit`.
+
+    Raises:
+      ValueError: when it runs: an optimizer made without `by_edit`, or with other numbers.
+
+    Example:
+      >>> from odjax.sparse import set_, uniform
+      >>> params = {"kernel": jnp.ones((8, 8))}
+      >>> optimizer = set_(optax.sgd(0.1), uniform(params, 0.5), key=jax.random.key(0), by_edit=True)
+      >>> edit = topology_edit(optimizer, every=100)
+      >>> params, state = edit.apply(jax.random.key(0), jnp.int32(100), params, optimizer.init(params))
+      >>> int(links(state.masks["kernel"]))
+      32
+    """
+    cadence = Cadence(every, start, end)
+
+    def apply(key: jax.Array, step: jax.Array, params: Any, opt_state: Any) -> tuple[Any, Any]:
+        free, frozen = partition(params, trainable)
+        changes, opt_state = optimizer.update(free, opt_state, free, rewire=cadence)
+        return combine(optax.apply_updates(free, changes), frozen), opt_state
+
+    return Edit(apply, every, name, start, end)

@@ -15,27 +15,36 @@ import jax.numpy as jnp
 import optax
 
 from odjax.core.paths import leaves_with_paths, map_with_path
-from odjax.sparse.engine import Masks, dst
+from odjax.sparse.engine import dst
+from odjax.sparse.mask_trees import Masks
 from odjax.sparse.masks import top_links
 from odjax.sparse.plans import Plan, check_plan, overall_density, target_links
+from odjax.sparse.rewiring import Layer
 from odjax.sparse.schedules import Schedule, cosine, cubic
 
 
-def magnitude(key: jax.Array, w: jax.Array, mask: jax.Array, g: jax.Array, step: jax.Array) -> jax.Array:
-    """Score |w|: small weights go. See `odjax.sparse.engine`."""
-    return jnp.abs(w)
+def magnitude(layer: Layer) -> jax.Array:
+    """Score |w|: small weights go. See `odjax.sparse.rewiring`."""
+    return jnp.abs(layer.w)
 
 
-def gradient_magnitude(
-    key: jax.Array, w: jax.Array, mask: jax.Array, g: jax.Array, step: jax.Array
-) -> jax.Array:
-    """Score |g|: where the loss is steepest, links grow. See `odjax.sparse.engine`."""
-    return jnp.abs(g)
+def gradient_magnitude(layer: Layer) -> jax.Array:
+    """Score |g|: where the loss is steepest, links grow. See `odjax.sparse.rewiring`."""
+    return jnp.abs(_gradient(layer))
 
 
-def uniform_random(key: jax.Array, w: jax.Array, mask: jax.Array, g: jax.Array, step: jax.Array) -> jax.Array:
-    """Score of 32 random bits: every absent link is as likely as any other. See `odjax.sparse.engine`."""
-    return jax.random.bits(key, w.shape)
+def uniform_random(layer: Layer) -> jax.Array:
+    """Score of 32 random bits: every absent link is as likely as any other. See `odjax.sparse.rewiring`."""
+    return jax.random.bits(layer.key, layer.w.shape)
+
+
+def _gradient(layer: Layer) -> jax.Array:
+    if layer.gradient is None:
+        raise ValueError(
+            "this method looks at gradients, which an Edit does not have: leave out by_edit=True, so that "
+            "links change in the update"
+        )
+    return layer.gradient
 
 
 def set_(
@@ -185,8 +194,8 @@ def mest(
         # Rounded up: 1 - 0.2 / 0.25 is below a fifth in float32, and would drop one link too few.
         return jnp.clip(1 - at(lower, step) / high + jnp.float32(1e-6), 0, 1)
 
-    def drop(key: jax.Array, w: jax.Array, mask: jax.Array, g: jax.Array, step: jax.Array) -> jax.Array:
-        return jnp.abs(w) + jnp.asarray(weight, w.dtype) * jnp.abs(g)
+    def drop(layer: Layer) -> jax.Array:
+        return jnp.abs(layer.w) + jnp.asarray(weight, layer.w.dtype) * jnp.abs(_gradient(layer))
 
     return dst(
         inner,
@@ -332,8 +341,8 @@ def _by_score(
         if path in plan:
             leaf = plan[path]
             count = leaf.links if density is None else target_links(leaf, density, planned)
-            scores = score(path, x)
-            found[path] = top_links(scores, count, leaf.structure, batch_dims=leaf.batch_dims)
+            scores = leaf.graphs(score(path, x))
+            found[path] = leaf.leaf(top_links(scores, count, leaf.structure, batch_dims=leaf.batch_dims))
     return found
 
 

@@ -9,16 +9,28 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from odjax.core.matrices import (
+    DimensionNumbers,
+    MatrixView,
+    check_patterns,
+    from_matrices,
+    to_matrices,
+    view_of,
+)
 from odjax.core.paths import NOT_KERNELS, STACKED, Where, is_stacked, leaves_with_paths, select
 from odjax.sparse.masks import NM, Structure, unit
+
+PER_HEAD = r"(?:.*/)?(?:q|k|v|query|key|value)/kernel"
+"""Kernels into attention heads, for `per_head=`."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +40,60 @@ class LeafPlan:
     Attributes:
       shape: of the leaf.
       links: of each slice of the batch axes.
-      batch_dims: how many leading axes count separate layers.
-      structure: N:M, blocks, channels or None.
+      batch_dims: how many axes count separate layers (or heads); the leading ones without a view.
+      structure: N:M, blocks, channels or None; on the matrices of the view.
+      view: how the leaf is a stack of matrices [inputs, outputs]; None: as it is, which for two axes after
+        the batch axes means the same.
+
+    Raises:
+      ValueError: a view with another number of batch axes.
     """
 
     shape: tuple[int, ...]
     links: int
     batch_dims: int = 0
     structure: Structure = None
+    view: MatrixView | None = None
+
+    def __post_init__(self) -> None:
+        if self.view is not None and len(self.view.batch) != self.batch_dims:
+            raise ValueError(f"batch_dims={self.batch_dims} does not count the batch axes of {self.view}")
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        """Shape of one slice: [inputs, outputs] with a view."""
+        if self.view is None:
+            return self.shape[self.batch_dims :]
+        return tuple(math.prod(self.shape[a] for a in axes) for axes in (self.view.inputs, self.view.outputs))
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the batch axes."""
+        axes = range(self.batch_dims) if self.view is None else self.view.batch
+        return tuple(self.shape[axis] for axis in axes)
 
     @property
     def size(self) -> int:
         """Weights of one slice."""
-        return math.prod(self.shape[self.batch_dims :])
+        return math.prod(self.slice_shape)
 
     @property
     def slices(self) -> int:
         """Separate layers in the leaf."""
-        return math.prod(self.shape[: self.batch_dims])
+        return math.prod(self.batch_shape)
+
+    @property
+    def unit(self) -> int:
+        """By how many links the number of links of a slice can change."""
+        return unit(self.structure, self.slice_shape)
+
+    def graphs(self, x: jax.Array) -> jax.Array:
+        """An array of the leaf's shape as [*batch, *slice]."""
+        return x if self.view is None else to_matrices(x, self.view)
+
+    def leaf(self, graphs: jax.Array) -> jax.Array:
+        """The inverse of `graphs`."""
+        return graphs if self.view is None else from_matrices(graphs, self.view, self.shape)
 
 
 Plan = Mapping[str, LeafPlan]
@@ -58,8 +106,44 @@ def _fraction(sparsity: float, name: str = "sparsity") -> Fraction:
     return Fraction(repr(float(sparsity)))
 
 
-def _chosen(params: Any, where: Where | None, stacked: str | None, allow_vectors: bool) -> dict[str, Any]:
-    """path -> (shape, batch_dims) of the leaves to make sparse."""
+def _view(
+    path: str,
+    shape: tuple[int, ...],
+    numbers: DimensionNumbers,
+    per_head: str | None,
+    stacked: str | None,
+) -> MatrixView | None:
+    heads = per_head is not None and re.fullmatch(per_head, path) is not None
+    given = callable(numbers) or any(re.fullmatch(pattern, path) for pattern in numbers or {})
+    if len(shape) - int(is_stacked(path, stacked)) < 2:
+        return None
+    try:
+        view = view_of(path, shape, numbers, stacked=stacked)
+    except ValueError:
+        # Without a view a leaf can be sparse all the same; what needs a matrix says so.
+        if given or heads:
+            raise
+        return None
+    if not heads:
+        return view
+    if len(view.outputs) < 2:
+        raise ValueError(
+            f"per_head={per_head!r} selects {path!r} of shape {shape}, which has no axis of heads: "
+            "kernels into heads are [width, heads, head_dim]"
+        )
+    return MatrixView((*view.batch, view.outputs[0]), view.inputs, view.outputs[1:])
+
+
+def _chosen(
+    params: Any,
+    where: Where | None,
+    stacked: str | None,
+    allow_vectors: bool,
+    structure: Structure,
+    numbers: DimensionNumbers,
+    per_head: str | None,
+) -> dict[str, LeafPlan]:
+    """The leaves to make sparse, full for now."""
     leaves = leaves_with_paths(params)
     batch = {path: int(is_stacked(path, stacked)) for path, _ in leaves}
     found = {}
@@ -79,21 +163,22 @@ def _chosen(params: Any, where: Where | None, stacked: str | None, allow_vectors
                 f"where={where!r} selects {path!r} of shape {tuple(leaf.shape)}, which is no matrix: narrow "
                 "where=, or pass allow_vectors=True to make biases and norms sparse too"
             )
-        found[path] = (tuple(leaf.shape), batch[path])
+        shape = tuple(leaf.shape)
+        view = _view(path, shape, numbers, per_head, stacked)
+        full = LeafPlan(shape, 0, batch[path] if view is None else len(view.batch), structure, view)
+        found[path] = replace(full, links=full.size)
+    if per_head is not None and not any(re.fullmatch(per_head, path) for path in found):
+        raise ValueError(f"per_head={per_head!r} matches none of the sparse leaves")
+    check_patterns(numbers, [path for path, _ in leaves])
     if not found:
         shown = ", ".join(repr(path) for path, _ in leaves[:3]) or "none"
         raise ValueError(f"the plan finds no matrix among the parameters ({shown}): name leaves with where=")
     return found
 
 
-def _whole_units(links: int, structure: Structure, shape: tuple[int, ...]) -> int:
-    step = unit(structure, shape)
-    return max(step, links // step * step)
-
-
-def _links(sparsity: Fraction, structure: Structure, shape: tuple[int, ...]) -> int:
-    size = math.prod(shape)
-    return _whole_units(size - math.floor(sparsity * size), structure, shape)
+def _planned(full: LeafPlan, sparsity: Fraction) -> LeafPlan:
+    links = full.size - math.floor(sparsity * full.size)
+    return replace(full, links=max(full.unit, links // full.unit * full.unit))
 
 
 def _fixed(leaves: Mapping[str, Any], fixed: Mapping[str, float]) -> dict[str, Fraction]:
@@ -116,6 +201,8 @@ def uniform(
     structure: Structure = None,
     fixed: Mapping[str, float] | None = None,
     stacked: str | None = STACKED,
+    dimension_numbers: DimensionNumbers = None,
+    per_head: str | None = None,
     allow_vectors: bool = False,
 ) -> dict[str, LeafPlan]:
     """The same sparsity for every sparse leaf.
@@ -128,6 +215,10 @@ def uniform(
       structure: N:M, blocks, channels or None. The number of links is rounded down to whole blocks.
       fixed: pattern -> sparsity of leaves that get another one.
       stacked: paths of leaves whose first axis counts layers; links are per layer.
+      dimension_numbers: which axes of a leaf are inputs and outputs, as for `odjax.core.view_of`, which knows
+        dense, attention and convolution kernels.
+      per_head: pattern of kernels into attention heads whose heads are graphs of their own, such as
+        `PER_HEAD`: links are then per head.
       allow_vectors: let `where` select leaves of rank 1 too.
 
     Returns:
@@ -142,7 +233,7 @@ def uniform(
       >>> {path: leaf.links for path, leaf in uniform(params, 0.9).items()}
       {'kernel': 820}
     """
-    leaves = _chosen(params, where, stacked, allow_vectors)
+    leaves = _chosen(params, where, stacked, allow_vectors, structure, dimension_numbers, per_head)
     if isinstance(structure, NM):
         if sparsity is not None or fixed:
             raise ValueError(
@@ -155,10 +246,7 @@ def uniform(
     else:
         share = _fraction(sparsity)
     settled = _fixed(leaves, fixed or {})
-    return {
-        path: LeafPlan(shape, _links(settled.get(path, share), structure, shape[b:]), b, structure)
-        for path, (shape, b) in leaves.items()
-    }
+    return {path: _planned(leaf, settled.get(path, share)) for path, leaf in leaves.items()}
 
 
 def erk(
@@ -171,6 +259,8 @@ def erk(
     structure: Structure = None,
     fixed: Mapping[str, float] | None = None,
     stacked: str | None = STACKED,
+    dimension_numbers: DimensionNumbers = None,
+    per_head: str | None = None,
 ) -> dict[str, LeafPlan]:
     """Erdős-Rényi-Kernel: density of a leaf proportional to (sum(shape) / prod(shape))^power.
 
@@ -186,6 +276,8 @@ def erk(
       structure: blocks, channels or None. The number of links is rounded down to whole blocks.
       fixed: pattern -> sparsity of leaves outside the budget.
       stacked: paths of leaves whose first axis counts layers, each of which is a leaf of its own here.
+      dimension_numbers: as in `uniform`.
+      per_head: as in `uniform`.
 
     Returns:
       path -> `LeafPlan`. All links together are (1 - sparsity) of all weights, up to one link a leaf.
@@ -211,17 +303,18 @@ def erk(
         raise ValueError("erk with sparsity 0 leaves every leaf dense: pass a sparsity above 0, such as 0.9")
     if not 0 <= power < math.inf:
         raise ValueError(f"power must be 0 or more, got {power!r}")
-    leaves = _chosen(params, where, stacked, allow_vectors=False)
+    leaves = _chosen(params, where, stacked, False, structure, dimension_numbers, per_head)
     densities = {path: 1 - value for path, value in _fixed(leaves, fixed or {}).items()}
     ratios, weights = {}, {}
-    for path, (shape, batch_dims) in leaves.items():
+    for path, leaf in leaves.items():
         if path in densities:
             continue
-        own = shape[batch_dims:]
+        apart = set(range(leaf.batch_dims) if leaf.view is None else leaf.view.batch)
+        own = [size for axis, size in enumerate(leaf.shape) if axis not in apart]
         seen = own if kernel_sizes else own[-2:]
         ratio = Fraction(sum(seen), max(1, math.prod(seen)))
         ratios[path] = ratio if power == 1 else Fraction(float(ratio) ** power)
-        weights[path] = math.prod(shape)
+        weights[path] = math.prod(leaf.shape)
     if not ratios:
         raise ValueError("fixed= names every sparse leaf and erk has none left to plan: use uniform")
     budget = (1 - share) * sum(weights.values())
@@ -236,10 +329,7 @@ def erk(
             densities[path] = Fraction(1)
             budget -= weights[path]
             del free[path]
-    return {
-        path: LeafPlan(shape, _links(1 - densities[path], structure, shape[b:]), b, structure)
-        for path, (shape, b) in leaves.items()
-    }
+    return {path: _planned(leaf, 1 - densities[path]) for path, leaf in leaves.items()}
 
 
 def custom(
@@ -248,6 +338,8 @@ def custom(
     *,
     structure: Structure = None,
     stacked: str | None = STACKED,
+    dimension_numbers: DimensionNumbers = None,
+    per_head: str | None = None,
     allow_vectors: bool = False,
 ) -> dict[str, LeafPlan]:
     """A sparsity of its own for every pattern.
@@ -257,6 +349,8 @@ def custom(
       sparsities: regular expression for whole paths -> share of zeros in [0, 1).
       structure: blocks, channels or None.
       stacked: paths of leaves whose first axis counts layers.
+      dimension_numbers: as in `uniform`.
+      per_head: as in `uniform`; every pattern must select such a kernel then.
       allow_vectors: let the patterns select leaves of rank 1 too.
 
     Returns:
@@ -278,6 +372,8 @@ def custom(
             where=pattern,
             structure=structure,
             stacked=stacked,
+            dimension_numbers=dimension_numbers,
+            per_head=per_head,
             allow_vectors=allow_vectors,
         )
         for path in part:
@@ -315,11 +411,36 @@ def check_plan(plan: Plan, params: Any) -> None:
                 f"the plan has {path!r} with shape {leaf.shape}, the parameters with {shapes[path]}: "
                 "make the plan from these parameters"
             )
-        step = unit(leaf.structure, leaf.shape[leaf.batch_dims :])
-        if not 0 < leaf.links <= leaf.size or leaf.links % step:
+        if not 0 < leaf.links <= leaf.size or leaf.links % leaf.unit:
             raise ValueError(
-                f"{path!r} cannot have {leaf.links} links: between 1 and {leaf.size} and a multiple of {step}"
+                f"{path!r} cannot have {leaf.links} links: "
+                f"between 1 and {leaf.size} and a multiple of {leaf.unit}"
             )
+
+
+def matrix_of(leaf: LeafPlan) -> tuple[int, int]:
+    """Inputs and outputs of a slice.
+
+    Args:
+      leaf: what is planned.
+
+    Returns:
+      (inputs, outputs).
+
+    Raises:
+      ValueError: it is not known which axes are which.
+
+    Example:
+      >>> matrix_of(LeafPlan((3, 4, 5), 6, batch_dims=1))
+      (4, 5)
+    """
+    if len(leaf.slice_shape) != 2:
+        raise ValueError(
+            f"which axes of a leaf of shape {leaf.shape} are inputs is not known: make the plan with "
+            "dimension_numbers={path: MatrixView(batch, inputs, outputs)}"
+        )
+    n_in, n_out = leaf.slice_shape
+    return n_in, n_out
 
 
 def overall_density(plan: Plan) -> float:
@@ -352,7 +473,6 @@ def target_links(leaf: LeafPlan, density: jax.Array, planned: float) -> jax.Arra
     Returns:
       int32 [], a multiple of the leaf's unit.
     """
-    step = unit(leaf.structure, leaf.shape[leaf.batch_dims :])
     room = leaf.size - leaf.links
     if room == 0 or planned >= 1:
         return jnp.int32(leaf.links)
@@ -360,4 +480,4 @@ def target_links(leaf: LeafPlan, density: jax.Array, planned: float) -> jax.Arra
     excess = (jnp.asarray(density, jnp.float32) - low) / (jnp.float32(1) - low)
     more = jnp.floor(jnp.clip(excess, 0, 1) * jnp.float32(room) + jnp.float32(0.5)).astype(jnp.int32)
     more = jnp.where(excess >= 1, jnp.int32(room), jnp.minimum(more, jnp.int32(room)))
-    return jnp.int32(leaf.links) + more // jnp.int32(step) * jnp.int32(step)
+    return jnp.int32(leaf.links) + more // jnp.int32(leaf.unit) * jnp.int32(leaf.unit)

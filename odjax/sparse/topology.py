@@ -8,8 +8,7 @@ of all neurons tile that side evenly.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -20,7 +19,8 @@ import numpy as np
 from odjax.core.keys import check_key, fold_path
 from odjax.core.selection import gumbel_top_k_mask, top_k_mask
 from odjax.sparse.correlation import feature_correlation
-from odjax.sparse.plans import Plan
+from odjax.sparse.mask_trees import Initial
+from odjax.sparse.plans import LeafPlan, Plan, matrix_of
 
 Degrees = Literal["fixed", "poisson", "uniform"]
 Side = Literal["out", "in"]
@@ -369,51 +369,64 @@ def csti_mask(features: jax.Array, shape: tuple[int, int], density: float) -> ja
     return top_k_mask(jnp.tile(jnp.abs(r), (shape[0] // n, shape[1] // n)), links)
 
 
-def plan_masks(
-    key: jax.Array, plan: Plan, draw: Callable[..., jax.Array], *, inputs: Mapping[str, int] | None = None
-) -> dict[str, jax.Array]:
-    """A topology for every leaf of a plan, with exactly the links that are planned.
+def drawn(draw: Callable[..., jax.Array]) -> Initial:
+    """A topology as the links at the start of a method, its `masks=`, whatever the density is then.
 
     Args:
-      key: a typed key; a leaf's own key depends on its path alone.
-      plan: path -> `LeafPlan`, as of `odjax.sparse.plans.uniform`. Its batch axes are layers of a stack.
       draw: `(key, n_in, n_out, density, batch=...) -> bool[*batch, n_in, n_out]`, such as
         `functools.partial(brf_mask, r=0.25)` or `bsw_mask`.
-      inputs: regular expression for whole paths -> number of axes (after the batch axes) that are inputs; 1
-        where no pattern matches. Kernels (heads, head_dim, width) out of attention heads need 2.
 
     Returns:
-      {path: bool mask of the leaf's shape}.
+      `(key, leaf plan, links of a slice) -> bool mask of the leaf's shape`.
 
     Raises:
-      TypeError: a legacy key.
-      ValueError: a leaf with a structure, which these topologies do not have; a number of axes that leaves no
-        inputs or outputs; a pattern that matches nothing; and what `draw` raises.
+      ValueError: when called: a leaf with a structure, which these topologies do not have; one whose inputs
+        and outputs are not known; and what `draw` raises.
 
     Example:
-      >>> from odjax.sparse.plans import uniform
-      >>> plan = uniform({"kernel": jnp.zeros((8, 6))}, 0.75)
-      >>> masks = plan_masks(jax.random.key(0), plan, partial(brf_mask, r=0.25))
-      >>> int(masks["kernel"].sum()), plan["kernel"].links
-      (12, 12)
+      >>> mask = drawn(bsw_mask)(jax.random.key(0), LeafPlan((8, 6), 12), 24)
+      >>> int(mask.sum())
+      24
+    """
+
+    def initial(key: jax.Array, leaf: LeafPlan, count: int) -> jax.Array:
+        if leaf.structure is not None:
+            raise ValueError(f"a leaf of shape {leaf.shape} has {leaf.structure}: a topology has none")
+        n_in, n_out = matrix_of(leaf)
+        return leaf.leaf(draw(key, n_in, n_out, count / leaf.size, batch=leaf.batch_shape))
+
+    return initial
+
+
+def plan_masks(key: jax.Array, plan: Plan, draw: Callable[..., jax.Array]) -> dict[str, jax.Array]:
+    """A topology for every leaf of a plan, with exactly the links that are planned.
+
+        Args:
+          key: a typed key; a leaf's own key depends on its path alone.
+          plan: path -> `LeafPlan`, as of `odjax.sparse.plans.uniform`. Its batch axes are layers of a stack.
+          draw: as for `drawn`.
+
+        Returns:
+          {path: bool mask of the leaf's shape}.
+
+        Raises:
+          TypeError: a legacy key.
+          ValueError: a leaf with a structure, which these topologies do not have; one whose inputs and outputs
+            are not known; and what `draw` raises.
+
+        Example:
+          >>> from odjax.sparse.mask_trees import Initial
+    from odjax.sparse.plans import uniform
+          >>> plan = uniform({"kernel": jnp.zeros((8, 6))}, 0.75)
+          >>> masks = plan_masks(jax.random.key(0), plan, partial(brf_mask, r=0.25))
+          >>> int(masks["kernel"].sum()), plan["kernel"].links
+          (12, 12)
     """
     check_key(key)
-    for pattern in inputs or {}:
-        if not any(re.fullmatch(pattern, path) for path in plan):
-            raise ValueError(f"inputs has {pattern!r}, which matches no path of the plan")
-    masks = {}
+    initial, masks = drawn(draw), {}
     for path, leaf in plan.items():
-        if leaf.structure is not None:
-            raise ValueError(f"the plan of {path!r} has the structure {leaf.structure}: a topology has none")
-        counts = {count for pattern, count in (inputs or {}).items() if re.fullmatch(pattern, path)} or {1}
-        batch, shape = leaf.shape[: leaf.batch_dims], leaf.shape[leaf.batch_dims :]
-        if len(counts) > 1 or not 0 < min(counts) < len(shape):
-            raise ValueError(
-                f"{path!r} has the axes {shape} and by inputs= {sorted(counts)} of them are inputs: it takes "
-                "one number, and at least one axis for the outputs"
-            )
-        cut = min(counts)
-        n_in, n_out = math.prod(shape[:cut]), math.prod(shape[cut:])
-        mask = draw(fold_path(key, path), n_in, n_out, leaf.links / (n_in * n_out), batch=batch)
-        masks[path] = mask.reshape(leaf.shape)
+        try:
+            masks[path] = initial(fold_path(key, path), leaf, leaf.links)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from None
     return masks

@@ -18,7 +18,8 @@ from optax import contrib
 
 from odjax.core.optimizer_state import map_params_state
 from odjax.core.paths import leaves_with_paths
-from odjax.sparse.engine import DstState, apply_masks, check_masks, dst
+from odjax.sparse.engine import DstState, dst
+from odjax.sparse.mask_trees import apply_masks, check_masks
 from odjax.sparse.masks import NM, Block, Channel, links, pack, unpack
 from odjax.sparse.plans import LeafPlan, target_links, uniform
 from odjax.sparse.schedules import cubic
@@ -34,16 +35,16 @@ PATH = "body/kernel"
 PLAN = uniform(PARAMS, 0.75, where=PATH)
 
 
-def magnitude(key, w, mask, g, step):
-    return jnp.abs(w)
+def magnitude(layer):
+    return jnp.abs(layer.w)
 
 
-def slope(key, w, mask, g, step):
-    return jnp.abs(g)
+def slope(layer):
+    return jnp.abs(layer.gradient)
 
 
-def noise(key, w, mask, g, step):
-    return jax.random.bits(key, w.shape)
+def noise(layer):
+    return jax.random.bits(layer.key, layer.w.shape)
 
 
 def lenient(inner):
@@ -281,9 +282,9 @@ def test_percolation_runs_after_the_drop_and_growth_refills_to_the_target():
     def percolate(masks):
         return {path: mask.at[:, 0].set(False) for path, mask in masks.items()}
 
-    def grow(key, w, mask, g, step):
+    def grow(layer):
         # Column 1, but nothing at all where growth saw the links that percolation took.
-        return jnp.where((jnp.arange(6) == 1)[None] & ~mask[:, :1], 1.0, 0.0)
+        return jnp.where((jnp.arange(6) == 1)[None] & ~layer.mask[:, :1], 1.0, 0.0)
 
     full = jnp.zeros((8, 6), bool).at[:, 0].set(True).at[:4, 2].set(True)
     tx = engine(masks={PATH: full}, percolate=percolate, grow=grow, zeta=0.0, interval=1, skip_step=False)
@@ -295,8 +296,8 @@ def test_a_link_that_comes_back_starts_from_its_history():
     first = jnp.zeros((8, 6), bool).at[:2].set(True)
 
     def rows(low):
-        return lambda key, w, mask, g, step: jnp.where(
-            (jnp.arange(8)[:, None] // 2 == low(step)) & (w == w), 1.0, 0.0
+        return lambda layer: jnp.where(
+            (jnp.arange(8)[:, None] // 2 == low(layer.step)) & (layer.w == layer.w), 1.0, 0.0
         )
 
     # Every second update all links move: to rows 2-3, and back to rows 0-1.
@@ -459,8 +460,8 @@ def test_bad_parameters_and_scores_are_named():
         tx.update(PARAMS, tx.init(PARAMS))
     with pytest.raises(ValueError, match=r"names 'body/kernel', which the parameters do not have"):
         tx.init({"body": {"weight": jnp.ones((8, 6))}})
-    flat = engine(drop=lambda key, w, mask, g, step: jnp.abs(w).sum(0))
-    with pytest.raises(ValueError, match=r"a score of 'body/kernel' has shape \(6,\), the leaf \(8, 6\)"):
+    flat = engine(drop=lambda layer: jnp.abs(layer.w).sum(0))
+    with pytest.raises(ValueError, match=r"a score of 'body/kernel' has shape \(6,\), the layer \(8, 6\)"):
         flat.update(PARAMS, flat.init(PARAMS), PARAMS)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odjax.sparse.engine import apply_masks
+from odjax.sparse.mask_trees import apply_masks
 from odjax.sparse.masks import NM, unpack
 from odjax.sparse.methods import gmp, granet, magnitude_masks, mest, rigl, set_, snip_masks, static, ste
 from odjax.sparse.plans import LeafPlan, uniform
