@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from odjax.core.paths import leaves_with_paths
+from odjax.core.matrices import (
+    DimensionNumbers,
+    MatrixView,
+    check_patterns,
+    matrix_shape,
+    to_matrices,
+    view_of,
+)
+from odjax.core.paths import STACKED, leaves_with_paths
 from odjax.core.report import format_bytes
 from odjax.core.trees import dtype_of, shape_of
 
 Side = Literal["in", "out"]
-
-
-class Axes(NamedTuple):
-    """How the axes of a leaf are read: first those of a stack, then the inputs, then the outputs.
-
-    Attributes:
-      batch: how many axes count layers.
-      inputs: how many axes after these are inputs; the others are outputs.
-    """
-
-    batch: int = 0
-    inputs: int = 1
 
 
 class LeafReport(NamedTuple):
@@ -77,30 +72,84 @@ class LeafReport(NamedTuple):
         return self.active_out / max(self.n_out, 1)
 
 
-def _bool_mask(path: str, mask: Any) -> np.ndarray:
-    mask = np.asarray(mask)
-    if mask.dtype != bool:
-        raise TypeError(f"the mask of {path!r} must be bool, got {mask.dtype}: unpack it first")
-    return mask
+class Degrees(NamedTuple):
+    """How many links every neuron of a leaf has.
+
+    Attributes:
+      inputs: int32[*batch, n_in].
+      outputs: int32[*batch, n_out].
+    """
+
+    inputs: jax.Array
+    outputs: jax.Array
 
 
-def _axes_of(path: str, shape: tuple[int, ...], axes: Mapping[str, Axes]) -> Axes:
-    hits = [view for pattern, view in axes.items() if re.fullmatch(pattern, path)]
-    if len(set(hits)) > 1:
-        raise ValueError(f"the leaf {path!r} has different axes by two patterns: narrow one of them")
-    if not hits and len(shape) != 2:
-        raise ValueError(
-            f"the leaf {path!r} of shape {shape} is no single matrix: say how it is read with "
-            f"axes={{{path!r}: Axes(batch={max(len(shape) - 2, 0)}, inputs=1)}}, for example"
-        )
-    view = hits[0] if hits else Axes()
-    if view.batch < 0 or view.inputs < 1 or view.batch + view.inputs >= len(shape):
-        raise ValueError(f"{view} leaves no outputs, inputs or layers of {path!r} of shape {shape}")
-    return view
+def degrees(mask: jax.Array, view: MatrixView) -> Degrees:
+    """Counts the links of every neuron of a leaf, layer by layer.
+
+    Args:
+      mask: bool, the shape of the leaf.
+      view: how the leaf is a stack of matrices, of `odjax.core.matrices.view_of`.
+
+    Returns:
+      The degrees of both sides.
+
+    Raises:
+      TypeError: a mask that is not bool.
+
+    Example:
+      >>> mask = jnp.array([[True, True], [False, False], [True, False]])
+      >>> degrees(mask, MatrixView((), (0,), (1,)))
+      Degrees(inputs=Array([2, 0, 1], dtype=int32), outputs=Array([2, 1], dtype=int32))
+    """
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"mask must be bool, got {mask.dtype}: unpack it first")
+    matrices = to_matrices(mask, view)
+    return Degrees(jnp.sum(matrices, axis=-1, dtype=jnp.int32), jnp.sum(matrices, axis=-2, dtype=jnp.int32))
+
+
+def leaf_report(path: str, leaf: Any, found: Degrees) -> LeafReport:
+    """The figures of one leaf from the degrees of its neurons.
+
+    Args:
+      path: of the leaf.
+      leaf: the parameter or its `jax.ShapeDtypeStruct`.
+      found: of `degrees`.
+
+    Returns:
+      The report.
+
+    Example:
+      >>> found = Degrees(jnp.array([2, 0, 1]), jnp.array([2, 1]))
+      >>> leaf_report("kernel", jax.ShapeDtypeStruct((3, 2), "float32"), found).links
+      3
+    """
+    inputs, outputs = (np.asarray(side) for side in found)
+    links, shape, itemsize = int(inputs.sum(dtype=np.int64)), tuple(shape_of(leaf)), dtype_of(leaf).itemsize
+    size = math.prod(shape)
+    return LeafReport(
+        path=path,
+        shape=shape,
+        links=links,
+        size=size,
+        active_in=int(np.count_nonzero(inputs)),
+        n_in=inputs.size,
+        active_out=int(np.count_nonzero(outputs)),
+        n_out=outputs.size,
+        dense_bytes=size * itemsize,
+        packed_bytes=links * itemsize + 4 * -(-size // 32),
+        flops=2 * links,
+        dense_flops=2 * size,
+    )
 
 
 def sparsity_report(
-    params: Any, masks: Any, *, axes: Mapping[str, Axes] | None = None
+    params: Any,
+    masks: Any,
+    *,
+    dimension_numbers: DimensionNumbers = None,
+    stacked: str | None = STACKED,
 ) -> tuple[LeafReport, ...]:
     """Links, active neurons, bytes and FLOPs of every leaf with a mask.
 
@@ -108,16 +157,17 @@ def sparsity_report(
       params: tree of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
       masks: tree of bool masks by the paths of the parameters (or a dict path -> mask; None where a leaf has
         none).
-      axes: regular expression for whole paths -> `Axes`, for leaves that are no matrix [inputs, outputs]:
-        `Axes(1, 1)` is a stack of matrices, `Axes(0, 2)` a kernel (heads, head_dim, width).
+      dimension_numbers: which axes of a leaf are inputs and outputs, as for `odjax.core.matrices.view_of`;
+        the leaves of `odjax.models` need none.
+      stacked: regular expression for the paths of stacked layers; None where there are none.
 
     Returns:
       One report a mask, in the order of the masks.
 
     Raises:
       TypeError: a mask that is not bool.
-      ValueError: a mask without its parameter or of another shape, a leaf whose axes are not known, a
-        pattern that matches nothing.
+      ValueError: a mask without its parameter or of another shape, a leaf that is no matrix or could be
+        several, a pattern that matches nothing.
 
     Example:
       >>> params = {"kernel": jax.ShapeDtypeStruct((4, 2), "float32")}
@@ -128,38 +178,21 @@ def sparsity_report(
     """
     leaves = dict(leaves_with_paths(params))
     found = leaves_with_paths(masks)
-    for pattern in axes or {}:
-        if not any(re.fullmatch(pattern, path) for path, _ in found):
-            raise ValueError(f"axes has {pattern!r}, which matches the path of no mask")
+    check_patterns(dimension_numbers, [path for path, _ in found])
     rows = []
     for path, mask in found:
         if path not in leaves:
             raise ValueError(f"there is a mask for {path!r}, which is no leaf of the parameters")
-        mask, shape = _bool_mask(path, mask), tuple(shape_of(leaves[path]))
+        mask, shape = np.asarray(mask), tuple(shape_of(leaves[path]))
+        if mask.dtype != bool:
+            raise TypeError(f"the mask of {path!r} must be bool, got {mask.dtype}: unpack it first")
         if mask.shape != shape:
             raise ValueError(f"the mask of {path!r} has the shape {mask.shape}, the parameter {shape}")
-        view = _axes_of(path, shape, axes or {})
-        layers = math.prod(shape[: view.batch])
-        n_in = math.prod(shape[view.batch : view.batch + view.inputs])
-        n_out = math.prod(shape[view.batch + view.inputs :])
-        matrices = mask.reshape(layers, n_in, n_out)
-        links, itemsize = int(np.count_nonzero(mask)), int(dtype_of(leaves[path]).itemsize)
-        rows.append(
-            LeafReport(
-                path=path,
-                shape=shape,
-                links=links,
-                size=mask.size,
-                active_in=int(np.count_nonzero(matrices.any(axis=2))),
-                n_in=layers * n_in,
-                active_out=int(np.count_nonzero(matrices.any(axis=1))),
-                n_out=layers * n_out,
-                dense_bytes=mask.size * itemsize,
-                packed_bytes=links * itemsize + 4 * -(-mask.size // 32),
-                flops=2 * links,
-                dense_flops=2 * mask.size,
-            )
-        )
+        view = view_of(path, shape, dimension_numbers, stacked=stacked)
+        batch, n_in, n_out = matrix_shape(shape, view)
+        matrices = mask.transpose([*view.batch, *view.inputs, *view.outputs]).reshape(*batch, n_in, n_out)
+        sides = (np.count_nonzero(matrices, axis=axis) for axis in (-1, -2))
+        rows.append(leaf_report(path, leaves[path], Degrees(*sides)))
     return tuple(rows)
 
 
@@ -184,17 +217,7 @@ def format_report(rows: Iterable[LeafReport]) -> str:
       total: 2 of 8 links (25.00 %), 12 B of 32 B, 4 of 16 FLOPs a row
     """
     rows = tuple(rows)
-    header = (
-        "path",
-        "shape",
-        "links",
-        "density",
-        "active in",
-        "active out",
-        "packed",
-        "dense",
-        "FLOPs a row",
-    )
+    header = tuple("path,shape,links,density,active in,active out,packed,dense,FLOPs a row".split(","))
     right = (2, 3, 4, 5, 8)
     table = [header] + [
         (

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from odjax.core.matrices import MatrixView, to_matrices, view_of
 from odjax.sparse.masks import pack
 from odjax.sparse.report import (
-    Axes,
     degree_histogram,
+    degrees,
     exploration,
     format_report,
+    leaf_report,
     observe_links,
     overlap,
     sparsity_report,
@@ -56,10 +58,11 @@ def test_stacks_and_heads_are_read_by_their_axes(seed):
         "layers/mlp/kernel": random_mask(seed, (3, 5, 4)),
         "layers/q/kernel": random_mask(seed + 1, (3, 5, 2, 4)),
         "out/kernel": random_mask(seed + 2, (2, 4, 5)),
+        "odd": random_mask(seed + 3, (2, 4, 5)),
     }
     params = {path: shaped(mask.shape) for path, mask in masks.items()}
-    axes = {"layers/.*": Axes(1, 1), "out/kernel": Axes(0, 2)}
-    mlp, q, out = sparsity_report(params, masks, axes=axes)
+    views = {"odd": MatrixView((1,), (2,), (0,))}
+    mlp, q, odd, out = sparsity_report(params, masks, dimension_numbers=views)
     each = [sparsity_report({"w": shaped((5, 4))}, {"w": m})[0] for m in masks["layers/mlp/kernel"]]
     for name in ("links", "size", "active_in", "n_in", "active_out", "n_out", "flops"):
         assert getattr(mlp, name) == sum(getattr(row, name) for row in each)
@@ -67,6 +70,23 @@ def test_stacks_and_heads_are_read_by_their_axes(seed):
     assert (q.n_in, q.n_out) == (15, 24)
     assert q.active_out == flat.any(axis=1).sum()
     assert out.active_in == masks["out/kernel"].reshape(8, 5).any(axis=1).sum()
+    assert (odd.n_in, odd.n_out) == (20, 8)
+    assert odd.active_in == masks["odd"].any(axis=0).sum()
+    flags = {**masks, "layers/mlp/kernel": masks["layers/mlp/kernel"][0]}
+    shapes = {**params, "layers/mlp/kernel": shaped((5, 4))}
+    assert sparsity_report(shapes, flags, dimension_numbers=views, stacked=None)[0].n_in == 5
+
+
+@given(seeds, st.sampled_from([("w", (4, 6)), ("layers/q/kernel", (3, 4, 2, 3)), ("o/kernel", (2, 3, 4))]))
+def test_degrees_are_the_sums_of_both_sides_of_every_matrix(seed, leaf):
+    path, shape = leaf
+    mask = random_mask(seed, shape)
+    view = view_of(path, shape)
+    matrices = np.asarray(to_matrices(jnp.asarray(mask), view))
+    found = degrees(jnp.asarray(mask), view)
+    np.testing.assert_array_equal(found.inputs, matrices.sum(axis=-1))
+    np.testing.assert_array_equal(found.outputs, matrices.sum(axis=-2))
+    assert leaf_report(path, shaped(shape), found) == sparsity_report({path: shaped(shape)}, {path: mask})[0]
 
 
 def test_the_table_sums_up_its_rows():
@@ -157,26 +177,17 @@ WORDS = jnp.ones(2, jnp.uint32)
         (
             lambda: sparsity_report(PARAMS, {"deep": FLAGS["deep"]}),
             ValueError,
-            "axes={'deep': Axes(batch=1, inputs=1)}",
+            "dimension_numbers={'deep': MatrixView(batch=(), inputs=(0,), outputs=(1, 2))}",
         ),
-        (lambda: sparsity_report(PARAMS, {"bias": FLAGS["bias"]}), ValueError, "is no single matrix"),
-        (
-            lambda: sparsity_report(PARAMS, {"deep": FLAGS["deep"]}, axes={"deep": Axes(1, 2)}),
-            ValueError,
-            "leaves no outputs, inputs or layers of 'deep'",
-        ),
+        (lambda: sparsity_report(PARAMS, {"bias": FLAGS["bias"]}), ValueError, "is no matrix"),
         (
             lambda: sparsity_report(
-                PARAMS, {"deep": FLAGS["deep"]}, axes={"deep": Axes(1, 1), "d.*": Axes(0, 2)}
+                PARAMS, {"a": FLAGS["a"]}, dimension_numbers={"b": MatrixView((), (0,), (1,))}
             ),
             ValueError,
-            "different axes by two patterns",
+            "dimension_numbers has 'b', which matches no path such as 'a'",
         ),
-        (
-            lambda: sparsity_report(PARAMS, {"a": FLAGS["a"]}, axes={"b": Axes()}),
-            ValueError,
-            "axes has 'b', which matches the path of no mask",
-        ),
+        (lambda: degrees(jnp.ones((2, 3)), MatrixView((), (0,), (1,))), TypeError, "got float32: unpack it"),
         (lambda: degree_histogram(jnp.ones((2, 3)), "in"), TypeError, "mask must be bool, got float32"),
         (lambda: degree_histogram(jnp.ones(3, bool), "in"), ValueError, "[..., n_in, n_out], got [3]"),
         (lambda: degree_histogram(FLAGS["a"], "left"), ValueError, "'in' or 'out', got 'left'"),
