@@ -2,6 +2,7 @@
 
 from odjax.models.attention import Attention, attend, segment_mask
 from odjax.models.axes import ACTIVATION_AXES, PARAMETER_AXES
+from odjax.models.beam import Translations, translate_beam
 from odjax.models.bert import Bert, bert
 from odjax.models.decoder import Decoder, decoder, flops_per_token, parameter_count
 from odjax.models.encoder_decoder import EncoderDecoder, encoder_decoder
@@ -28,6 +29,7 @@ __all__ = [
     "RotaryScaling",
     "SwiGLU",
     "Tokens",
+    "Translations",
     "ViT",
     "attend",
     "bert",
@@ -41,6 +43,7 @@ __all__ = [
     "segment_mask",
     "stack_layers",
     "translate",
+    "translate_beam",
     "unstack_layers",
     "vit",
 ]

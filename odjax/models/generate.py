@@ -235,21 +235,11 @@ def translate(
         raise ValueError(f"steps must be at least 1, got {steps}")
     variables = {**(collections or {}), "params": params}
     memory = model.apply(variables, source, source_mask, method="encode")
+    cached = cached_steps(model, variables, memory, source_mask, steps)
 
     def step(tokens: jax.Array, positions: jax.Array, cache: Any, last: jax.Array) -> tuple[jax.Array, Any]:
-        """Logits [B, vocab] after the one token of each row."""
-        given = variables if cache is None else {**variables, "cache": cache}
-        x, new = model.apply(
-            given,
-            tokens,
-            memory,
-            source_mask,
-            positions=positions,
-            cache_length=steps,
-            mutable=["cache"],
-            method="features",
-        )
-        return model.apply(variables, x, method="logits")[:, 0], new["cache"]
+        del last  # one token a row
+        return cached(tokens, positions, cache)
 
     batch = source.shape[0]
     start = jnp.zeros((batch, 1), jnp.int32)
@@ -264,6 +254,42 @@ def translate(
         eos=eos,
         sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
     )
+
+
+def cached_steps(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    memory: jax.Array,
+    source_mask: jax.Array | None,
+    slots: int,
+) -> Callable[..., tuple[jax.Array, Any]]:
+    """A target token at a time, after the source was read.
+
+    Args:
+        model: an `odjax.models.encoder_decoder.EncoderDecoder`.
+        variables: its collections.
+        memory: what it encoded the source to, [B, S, width].
+        source_mask: True where the source is not padding [B, S] bool.
+        slots: most tokens of a target.
+
+    Returns:
+        `(tokens [B, 1], positions [B, 1], cache or None) -> (logits [B, vocab] float32, cache)`.
+    """
+
+    def step(tokens: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        x, new = model.apply(
+            variables if cache is None else {**variables, "cache": cache},
+            tokens,
+            memory,
+            source_mask,
+            positions=positions,
+            cache_length=slots,
+            mutable=["cache"],
+            method="features",
+        )
+        return model.apply(variables, x, method="logits")[:, 0], new["cache"]
+
+    return step
 
 
 def _sample_steps(

@@ -98,7 +98,7 @@ def read_pairs(
     Raises:
         UserError: a file cannot be read, numbers of lines differ, or no pair is left.
     """
-    lines = [_lines(spec) for spec in (source, target)]
+    lines = [read_lines(spec) for spec in (source, target)]
     if len(lines[0]) != len(lines[1]):
         raise UserError(
             f"data sources {source!r} and {target!r} are not line-aligned: {len(lines[0])} and "
@@ -122,7 +122,15 @@ def read_pairs(
     )
 
 
-def _lines(spec: str) -> list[str]:
+def read_lines(spec: str) -> list[str]:
+    """The lines of a text file.
+
+    Args:
+        spec: `"text:<file>"`, `.gz` too.
+
+    Raises:
+        UserError: it cannot be read, or is something else than one file.
+    """
     documents = open_source(spec, "all")
     if not isinstance(documents, Documents) or len(documents) != 1:
         raise UserError(f"data source {spec!r}: pairs are read from one text file a side; write text:<file>")
