@@ -150,6 +150,7 @@ def dst(
       al., arXiv 2501.19107.
 
     Example:
+      >>> from odjax.sparse import LeafPlan, links
       >>> params = {"kernel": jnp.ones((8, 8))}
       >>> optimizer = dst(optax.sgd(0.1), {"kernel": LeafPlan((8, 8), 16)}, key=jax.random.key(0),
       ...                 drop=lambda layer: jnp.abs(layer.w), grow=lambda layer: jnp.abs(layer.gradient),
@@ -361,7 +362,7 @@ def topology_edit(
       ValueError: when it runs: an optimizer made without `by_edit`, or with other numbers.
 
     Example:
-      >>> from odjax.sparse import set_, uniform
+      >>> from odjax.sparse import links, set_, uniform
       >>> params = {"kernel": jnp.ones((8, 8))}
       >>> optimizer = set_(optax.sgd(0.1), uniform(params, 0.5), key=jax.random.key(0), by_edit=True)
       >>> edit = topology_edit(optimizer, every=100)

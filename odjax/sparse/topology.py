@@ -401,26 +401,25 @@ def drawn(draw: Callable[..., jax.Array]) -> Initial:
 def plan_masks(key: jax.Array, plan: Plan, draw: Callable[..., jax.Array]) -> dict[str, jax.Array]:
     """A topology for every leaf of a plan, with exactly the links that are planned.
 
-        Args:
-          key: a typed key; a leaf's own key depends on its path alone.
-          plan: path -> `LeafPlan`, as of `odjax.sparse.plans.uniform`. Its batch axes are layers of a stack.
-          draw: as for `drawn`.
+    Args:
+      key: a typed key; a leaf's own key depends on its path alone.
+      plan: path -> `LeafPlan`, as of `odjax.sparse.plans.uniform`. Its batch axes are layers of a stack.
+      draw: as for `drawn`.
 
-        Returns:
-          {path: bool mask of the leaf's shape}.
+    Returns:
+      {path: bool mask of the leaf's shape}.
 
-        Raises:
-          TypeError: a legacy key.
-          ValueError: a leaf with a structure, which these topologies do not have; one whose inputs and outputs
-            are not known; and what `draw` raises.
+    Raises:
+      TypeError: a legacy key.
+      ValueError: a leaf with a structure, which these topologies do not have; one whose inputs and
+        outputs are not known; and what `draw` raises.
 
-        Example:
-          >>> from odjax.sparse.mask_trees import Initial
-    from odjax.sparse.plans import uniform
-          >>> plan = uniform({"kernel": jnp.zeros((8, 6))}, 0.75)
-          >>> masks = plan_masks(jax.random.key(0), plan, partial(brf_mask, r=0.25))
-          >>> int(masks["kernel"].sum()), plan["kernel"].links
-          (12, 12)
+    Example:
+      >>> from odjax.sparse.plans import uniform
+      >>> plan = uniform({"kernel": jnp.zeros((8, 6))}, 0.75)
+      >>> masks = plan_masks(jax.random.key(0), plan, partial(brf_mask, r=0.25))
+      >>> int(masks["kernel"].sum()), plan["kernel"].links
+      (12, 12)
     """
     check_key(key)
     initial, masks = drawn(draw), {}

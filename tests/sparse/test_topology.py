@@ -16,13 +16,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from odjax.sparse.correlation import feature_correlation
-from odjax.sparse.masks import NM, unpack
-from odjax.sparse.methods import static
-from odjax.sparse.plans import LeafPlan, uniform
+from odjax.sparse.masks import NM, links, unpack
+from odjax.sparse.methods import gmp, static
+from odjax.sparse.plans import LeafPlan, overall_density, target_links, uniform
 from odjax.sparse.topology import (
     brf_mask,
     bsw_mask,
     csti_mask,
+    drawn,
     er_mask,
     link_count,
     plan_masks,
@@ -222,7 +223,7 @@ def test_every_place_is_equally_likely_in_a_random_graph():
 
 def planned():
     """A plan for a stack of two layers with attention heads, and a matrix of its own."""
-    shapes = {"layers/q": (2, 8, 2, 4), "layers/out": (2, 2, 4, 8), "head": (8, 10)}
+    shapes = {"layers/q/kernel": (2, 8, 2, 4), "layers/out/kernel": (2, 2, 4, 8), "head": (8, 10)}
     params = {path: jnp.ones(shape) for path, shape in shapes.items()}
     return params, uniform(params, 0.7)
 
@@ -230,37 +231,46 @@ def planned():
 @pytest.mark.parametrize("draw", [functools.partial(brf_mask, r=0.0), bsw_mask], ids=["fields", "world"])
 def test_the_topologies_of_a_plan_are_what_the_engine_starts_from(draw):
     params, plan = planned()
-    masks = plan_masks(KEY, plan, draw, inputs={"layers/out": 2})
+    masks = plan_masks(KEY, plan, draw)
     state = static(optax.sgd(0.1), plan, masks=masks, key=KEY).init(params)
     for path, mask in masks.items():
         np.testing.assert_array_equal(unpack(state.masks[path], mask.shape), mask)
     # The outputs of a kernel have the degrees of its fields: heads and their dimensions together.
     if draw is not bsw_mask:
-        assert np.ptp(masks["layers/q"].reshape(2, 8, 8).sum(axis=1)) <= 1
-        assert np.ptp(masks["layers/out"].reshape(2, 8, 8).sum(axis=1)) <= 1
+        assert np.ptp(masks["layers/q/kernel"].reshape(2, 8, 8).sum(axis=1)) <= 1
+        assert np.ptp(masks["layers/out/kernel"].reshape(2, 8, 8).sum(axis=1)) <= 1
 
 
 def test_the_topology_of_a_leaf_does_not_depend_on_the_other_leaves():
     _, plan = planned()
     alone = {"head": plan["head"]}
     draw = functools.partial(bsw_mask, beta=0.5)
-    masks = plan_masks(KEY, plan, draw, inputs={"layers/out": 2})
+    masks = plan_masks(KEY, plan, draw)
     np.testing.assert_array_equal(masks["head"], plan_masks(KEY, alone, draw)["head"])
 
 
 @pytest.mark.parametrize(
-    ("plan", "inputs", "message"),
+    ("plan", "message"),
     [
-        ({}, {"head": 1}, "inputs has 'head', which matches no path of the plan"),
-        ({"head": LeafPlan((8, 10), 20)}, {"head": 2}, "at least one axis for the outputs"),
-        ({"head": LeafPlan((8, 10), 20)}, {"head": 0}, "at least one axis for the outputs"),
-        ({"q": LeafPlan((8, 2, 4), 20)}, {"q": 2, ".*": 1}, "[1, 2] of them are inputs: it takes one number"),
-        ({"head": LeafPlan((8, 10), 40, 0, NM(2, 4))}, None, "the plan of 'head' has the structure NM(n=2"),
+        ({"head": LeafPlan((8, 10), 40, 0, NM(2, 4))}, "'head': a leaf of shape (8, 10) has NM(n=2"),
+        ({"qkv": LeafPlan((8, 2, 4), 20)}, "'qkv': which axes of a leaf of shape (8, 2, 4) are inputs"),
     ],
 )
-def test_a_plan_that_no_topology_fits_is_named(plan, inputs, message):
+def test_a_plan_that_no_topology_fits_is_named(plan, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        plan_masks(KEY, plan, bsw_mask, inputs=inputs)
+        plan_masks(KEY, plan, bsw_mask)
+
+
+def test_a_drawn_topology_follows_the_density_of_the_start():
+    params, plan = planned()
+    start = drawn(functools.partial(brf_mask, r=0.25))
+    options = {"key": KEY, "end": 10, "interval": 2}
+    state = jax.jit(gmp(optax.sgd(0.1), plan, density=0.5, masks=start, **options).init)(params)
+    for path, leaf in plan.items():
+        mask = leaf.graphs(unpack(state.masks[path], leaf.shape))
+        wanted = int(target_links(leaf, jnp.float32(0.5), overall_density(plan)))
+        np.testing.assert_array_equal(links(mask, batch_dims=leaf.batch_dims), wanted)
+        assert abs(wanted - leaf.size / 2) <= 1
 
 
 features = st.integers(0, 2**31 - 1).map(
