@@ -217,7 +217,17 @@ def format_report(rows: Iterable[LeafReport]) -> str:
       total: 2 of 8 links (25.00 %), 12 B of 32 B, 4 of 16 FLOPs a row
     """
     rows = tuple(rows)
-    header = tuple("path,shape,links,density,active in,active out,packed,dense,FLOPs a row".split(","))
+    header = (
+        "path",
+        "shape",
+        "links",
+        "density",
+        "active in",
+        "active out",
+        "packed",
+        "dense",
+        "FLOPs a row",
+    )
     right = (2, 3, 4, 5, 8)
     table = [header] + [
         (
