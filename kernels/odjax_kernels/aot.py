@@ -1,0 +1,258 @@
+"""Ahead-of-time compiles for TPU chips without having one, each in a process of its own.
+
+Interpret mode accepts kernels that the TPU compiler refuses, so that every kernel is compiled here too. The
+compiler (libtpu, in the extra `aot`) may end the process it runs in and takes a lock per machine; it is
+therefore started apart, one at a time, and what it makes of one case never reaches the caller but as a
+`Compiled`.
+
+The figures are the compiler's own static estimates, good for comparing programs and not for times. `cycles`
+sums what XLA writes beside its fusions: the body of a loop counts once, and sorts, collectives and Pallas
+kernels carry no estimate. `bundles` are the instruction words of a Pallas kernel, one of which is issued in a
+cycle: the body of its grid counts once with every branch of it, and waiting for memory is not in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+TOPOLOGIES = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4")
+
+Case = tuple[str, Callable[..., Any], tuple[Any, ...]]
+"""(name, function, arguments as a tuple of trees of `jax.ShapeDtypeStruct`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the TPU compiler says of one program on one chip.
+
+    Attributes:
+      name: of the case.
+      topology: such as "v5e:2x4".
+      error: why it did not compile, one line; "" where it did.
+      cycles: estimated, summed over the fusions of XLA.
+      unestimated: kinds of operations without an estimate, such as "sort".
+      bundles: Pallas kernel -> instruction words.
+      branches: Pallas kernel -> those of its conditional parts (`pl.when`) that hold no other, in order.
+      temporaries: bytes in the memory of the chip, beside arguments and outputs.
+      arguments: bytes.
+      outputs: bytes.
+    """
+
+    name: str
+    topology: str
+    error: str = ""
+    cycles: int = 0
+    unestimated: tuple[str, ...] = ()
+    bundles: dict[str, int] = dataclasses.field(default_factory=dict)
+    branches: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    temporaries: int = 0
+    arguments: int = 0
+    outputs: int = 0
+
+
+def is_available() -> bool:
+    """Whether libtpu is installed: `pip install 'odjax[aot]'`.
+
+    Returns:
+      True where `compile_cases` can compile.
+
+    Example:
+      >>> is_available() in (True, False)
+      True
+    """
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def _cycles(hlo: str) -> tuple[int, tuple[str, ...]]:
+    """Sum of the estimates in the text of a compiled program, and the kinds of operations without one."""
+    total = sum(map(int, re.findall(r'"estimated_cycles":"?(\d+)', hlo)))
+    without = {
+        kind
+        for kind in re.findall(r"(?m)^.* = \S+ ([a-z-]+)\(", hlo)
+        if kind
+        in ("sort", "while", "all-reduce", "all-gather", "all-to-all", "reduce-scatter", "conditional")
+    }
+    return total, tuple(sorted(without))
+
+
+def _innermost(text: str) -> tuple[int, ...]:
+    """Sizes of the conditional parts of a schedule that hold no other one.
+
+    A conditional jump names the region behind the part that it passes over.
+    """
+    ends, jumps = {}, []
+    for line in text.splitlines():
+        head = re.match(r"\s*(?:0x)?([0-9a-f]+)\s+(?:[A-Z]{2})?\s*: ", line)
+        if head:
+            here = int(head[1], 16)
+            jumps += [(here, int(n)) for n in re.findall(r"sbr\.rel \(!?%\w+\) target = \$region(\d+)", line)]
+        ends |= {int(n): here for n in re.findall(r"End region (\d+)", line)}
+    parts = [(start, ends[n - 1]) for start, n in jumps if ends.get(n - 1, 0) > start]
+    return tuple(
+        end - start
+        for start, end in parts
+        if not any(start < other and last <= end for other, last in parts if (other, last) != (start, end))
+    )
+
+
+def _bundles(folder: pathlib.Path, before: set[str]) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+    """Instruction words of the Pallas kernels in the files written since, and those of their branches."""
+    sizes, branches = {}, {}
+    for file in folder.glob("*schedule-analysis_final_bundles.txt"):
+        if file.name in before:
+            continue
+        text = file.read_text(errors="replace")
+        total = re.search(r"total scheduled bundles:\s+(\d+)", text)
+        if total and re.search(r'= \S+ custom-call\(.*custom_call_target="tpu_custom_call"', text):
+            stamp, kernel = re.fullmatch(
+                r"(\d+)-(.*)-\d+-schedule-analysis_final_bundles.txt", file.name
+            ).groups()
+            if kernel == "TLP":  # the program around the kernels
+                continue
+            sizes[kernel] = int(total[1])
+            listing = [
+                f for f in folder.glob(f"{stamp}-*-final_bundles.txt") if "schedule-analysis" not in f.name
+            ]
+            branches[kernel] = _innermost(listing[0].read_text(errors="replace")) if listing else ()
+    return sizes, branches
+
+
+def _from_json(report: dict[str, Any]) -> Compiled:
+    branches = {kernel: tuple(sizes) for kernel, sizes in report["branches"].items()}
+    return Compiled(**{**report, "unestimated": tuple(report["unestimated"]), "branches": branches})
+
+
+def _load(file: str) -> Sequence[Case]:
+    spec = importlib.util.spec_from_file_location("odjax_kernels_aot_cases", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file} is no Python file with a list AOT_CASES")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cases = module.AOT_CASES
+    return cases() if callable(cases) else cases
+
+
+def _compile_here(file: str, topology: str, names: Sequence[str], dumps: pathlib.Path) -> Iterator[Compiled]:
+    """In the process of the compiler: cases one after the other."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    sharding = NamedSharding(Mesh(np.array(chips[:1]), ("x",)), PartitionSpec())
+    cases = {name: (function, shapes) for name, function, shapes in _load(file)}
+    for name in names:
+        function, shapes = cases[name]
+        print(name, flush=True, file=sys.stderr)
+        before = {path.name for path in dumps.iterdir()} if dumps.exists() else set()
+        try:
+            jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
+            program = jitted.lower(*shapes).compile()
+            memory = program.memory_analysis()
+            cycles, unestimated = _cycles(program.as_text())
+            bundles, branches = _bundles(dumps, before)
+            yield Compiled(
+                name,
+                topology,
+                cycles=cycles,
+                unestimated=unestimated,
+                bundles=bundles,
+                branches=branches,
+                temporaries=memory.temp_size_in_bytes,
+                arguments=memory.argument_size_in_bytes,
+                outputs=memory.output_size_in_bytes,
+            )
+        except Exception as error:  # a report of what the compiler said, whatever it raised
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            yield Compiled(name, topology, error=f"{type(error).__name__}: {' '.join(lines[:3])}"[:600])
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    import fcntl
+
+    with open(pathlib.Path(tempfile.gettempdir()) / "odjax-libtpu.lock", "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compile_cases(
+    file: str | pathlib.Path, topology: str, names: Sequence[str], *, timeout: float = 600.0
+) -> dict[str, Compiled]:
+    """Compiles the cases of a Python file for one chip of a TPU topology.
+
+    A case that takes the compiler's process down is reported as such, and the rest goes on in another one.
+
+    Args:
+      file: a Python file with `AOT_CASES`, a list of `(name, function, shapes)` or a function that gives it.
+      topology: such as "v5e:2x4", "v5p:2x2x1" or "v6e:2x4".
+      names: of the cases to compile.
+      timeout: seconds for all of them.
+
+    Returns:
+      name -> `Compiled`.
+
+    Raises:
+      RuntimeError: libtpu is not installed, or no case could be started.
+
+    Example:
+      >>> if is_available():
+      ...     compile_cases("cases.py", "v5e:2x4", ["matmul"])  # doctest: +SKIP
+    """
+    if not is_available():
+        raise RuntimeError("libtpu is not installed: pip install 'odjax[aot]'")
+    found: dict[str, Compiled] = {}
+    names = list(dict.fromkeys(names))
+    with _one_at_a_time(), tempfile.TemporaryDirectory() as folder:
+        dumps = pathlib.Path(folder) / "dumps"
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_LIBRARY_PATH": importlib.util.find_spec("libtpu").submodule_search_locations[0]
+            + "/libtpu.so",
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true",
+        }
+        while missing := [name for name in names if name not in found]:
+            command = [sys.executable, "-m", "odjax_kernels.aot", str(file), topology, str(dumps), *missing]
+            try:
+                run = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+                )
+                said, told = run.stdout, run.stderr
+                why = f"the compiler's process ended with {run.returncode}"
+            except subprocess.TimeoutExpired as late:
+                said, told = ((s or b"").decode() for s in (late.stdout, late.stderr))
+                why = f"not compiled within {timeout:.0f} s"
+            for line in said.splitlines():
+                if line.startswith("{"):
+                    report = json.loads(line)
+                    found[report["name"]] = _from_json(report)
+            left = [name for name in missing if name not in found]
+            if not left:
+                break
+            begun = [line for line in told.splitlines() if line in left]
+            if not begun:
+                raise RuntimeError(f"{' '.join(command)}: {why}\n{told[-2000:]}")
+            found[begun[-1]] = Compiled(begun[-1], topology, error=why)
+    return {name: found[name] for name in names}
+
+
+if __name__ == "__main__":
+    _file, _topology, _dumps, *_names = sys.argv[1:]
+    for _report in _compile_here(_file, _topology, _names, pathlib.Path(_dumps)):
+        print(json.dumps(dataclasses.asdict(_report)), flush=True)
