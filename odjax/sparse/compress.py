@@ -316,7 +316,9 @@ def _each_axis(neurons: np.ndarray, ends: Ends) -> list[np.ndarray]:
     count = len(ends.axes)
     rest = [tuple(ends.stacked + j for j in range(count) if j != i) for i in range(count)]
     along = [neurons.any(axis=axes) for axes in rest]
-    block = np.logical_and.reduce([np.expand_dims(x, axes) for x, axes in zip(along, rest, strict=True)])
+    block = np.ones_like(neurons)
+    for stays, axes in zip(along, rest, strict=True):
+        block &= np.expand_dims(stays, axes)
     if (block != neurons).any():
         raise ValueError(f"the neurons that stay of {ends.path!r} are no whole indices of axes {ends.axes}")
     return along

@@ -311,8 +311,9 @@ def compressed_model(model: Model, sizes: Mapping[str, int]) -> Model:
       >>> compressed_model(MLP((8, 8, 2)), {"features/0": 3}).features
       (3, 8, 2)
     """
-    known = {"features/" + str(i) for i in range(len(getattr(model, "features", ())) - 1)}
-    if not isinstance(model, MLP):
+    if isinstance(model, MLP):
+        known = {f"features/{i}" for i in range(len(model.features) - 1)}
+    else:
         known = {"mlp_width", "kv_heads"} if isinstance(model, Decoder) else {"mlp_width"}
     if set(sizes) - known:
         raise ValueError(
