@@ -396,6 +396,9 @@ def _mask(
 PRESETS: dict[str, dict[str, Any]] = {
     # For tests and a CPU.
     "tiny": {"layers": 2, "width": 64, "heads": 4, "mlp_width": 128, "max_length": 256},
+    # Translation of Multi30k on two cores, and as in Zhang et al. 2025 (arXiv 2501.19107, appendix).
+    "multi30k-small": {"layers": 2, "width": 128, "heads": 4, "mlp_width": 256, "dropout": 0.1},
+    "multi30k": {"layers": 6, "width": 512, "heads": 8, "mlp_width": 1024, "dropout": 0.1},
     # Vaswani et al. 2017, table 3; give the vocabulary.
     "base": {"layers": 6, "width": 512, "heads": 8, "mlp_width": 2048, "dropout": 0.1},
     "big": {"layers": 6, "width": 1024, "heads": 16, "mlp_width": 4096, "dropout": 0.3},
