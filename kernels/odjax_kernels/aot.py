@@ -79,7 +79,7 @@ def _cycles(hlo: str) -> tuple[int, tuple[str, ...]]:
     total = sum(map(int, re.findall(r'"estimated_cycles":"?(\d+)', hlo)))
     without = {
         kind
-        for kind in re.findall(r"(?m)^.* = \S+ ([a-z-]+)\(", hlo)
+        for kind in re.findall(r"(?m)^ .*? = .*? ([a-z-]+)\(%", hlo)
         if kind
         in ("sort", "while", "all-reduce", "all-gather", "all-to-all", "reduce-scatter", "conditional")
     }
@@ -133,14 +133,32 @@ def _from_json(report: dict[str, Any]) -> Compiled:
     return Compiled(**{**report, "unestimated": tuple(report["unestimated"]), "branches": branches})
 
 
-def _load(file: str) -> Sequence[Case]:
+def load_cases(file: str | pathlib.Path) -> list[Case]:
+    """The cases of a Python file.
+
+    Args:
+      file: with `AOT_CASES`, a list of `(name, function, shapes)` or a function that gives it.
+
+    Returns:
+      The list.
+
+    Raises:
+      ValueError: no Python file, or one without such a list.
+
+    Example:
+      >>> load_cases("cases.txt")
+      Traceback (most recent call last):
+      ValueError: cases.txt is no Python file with a list AOT_CASES
+    """
     spec = importlib.util.spec_from_file_location("odjax_kernels_aot_cases", file)
     if spec is None or spec.loader is None:
         raise ValueError(f"{file} is no Python file with a list AOT_CASES")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "AOT_CASES"):
+        raise ValueError(f"{file} has no list AOT_CASES of (name, function, shapes)")
     cases = module.AOT_CASES
-    return cases() if callable(cases) else cases
+    return list(cases() if callable(cases) else cases)
 
 
 def _compile_here(file: str, topology: str, names: Sequence[str], dumps: pathlib.Path) -> Iterator[Compiled]:
@@ -152,7 +170,7 @@ def _compile_here(file: str, topology: str, names: Sequence[str], dumps: pathlib
 
     chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     sharding = NamedSharding(Mesh(np.array(chips[:1]), ("x",)), PartitionSpec())
-    cases = {name: (function, shapes) for name, function, shapes in _load(file)}
+    cases = {name: (function, shapes) for name, function, shapes in load_cases(file)}
     for name in names:
         function, shapes = cases[name]
         print(name, flush=True, file=sys.stderr)
@@ -196,7 +214,7 @@ def compile_cases(
     A case that takes the compiler's process down is reported as such, and the rest goes on in another one.
 
     Args:
-      file: a Python file with `AOT_CASES`, a list of `(name, function, shapes)` or a function that gives it.
+      file: a Python file with cases, as for `load_cases`.
       topology: such as "v5e:2x4", "v5p:2x2x1" or "v6e:2x4".
       names: of the cases to compile.
       timeout: seconds for all of them.
@@ -221,6 +239,7 @@ def compile_cases(
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run: compilers of other programs do not matter
             "TPU_ACCELERATOR_TYPE": "v5litepod-8",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_LIBRARY_PATH": importlib.util.find_spec("libtpu").submodule_search_locations[0]
