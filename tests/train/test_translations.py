@@ -18,7 +18,7 @@ from odjax_train.data import ByteTokenizer, Pairs
 from odjax_train.errors import UserError
 from odjax_train.run import Loaded
 from odjax_train.schedules import noam
-from odjax_train.translation import bleu, bleu_difference, judge_translations, translator
+from odjax_train.translations import bleu, bleu_difference, judge_translations, translator
 
 REFERENCES = ["A man walks down the street .", "Two dogs play in the snow.", "A woman reads a book at home."]
 GUESSES = ["A man walks on the street .", "Two dogs play in snow.", "A woman is reading a book."]
