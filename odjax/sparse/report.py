@@ -15,7 +15,6 @@ from odjax.core.matrices import (
     MatrixView,
     check_patterns,
     matrix_shape,
-    to_matrices,
     view_of,
 )
 from odjax.core.paths import STACKED, leaves_with_paths
@@ -105,8 +104,16 @@ def degrees(mask: jax.Array, view: MatrixView) -> Degrees:
     mask = jnp.asarray(mask)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask must be bool, got {mask.dtype}: unpack it first")
-    matrices = to_matrices(mask, view)
-    return Degrees(jnp.sum(matrices, axis=-1, dtype=jnp.int32), jnp.sum(matrices, axis=-2, dtype=jnp.int32))
+    batch, n_in, n_out = matrix_shape(mask.shape, view)
+
+    def side(axes: tuple[int, ...], others: tuple[int, ...], size: int) -> jax.Array:
+        # The sum first: what is left to move is small, and the mask itself stays where it is.
+        counts = jnp.sum(mask, axis=others, dtype=jnp.int32)
+        left = sorted((*view.batch, *axes))
+        order = [left.index(axis) for axis in (*view.batch, *axes)]
+        return jnp.transpose(counts, order).reshape(*batch, size)
+
+    return Degrees(side(view.inputs, view.outputs, n_in), side(view.outputs, view.inputs, n_out))
 
 
 def leaf_report(path: str, leaf: Any, found: Degrees) -> LeafReport:

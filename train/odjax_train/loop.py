@@ -21,6 +21,7 @@ from odjax_train.mesh import batch_sharding
 from odjax_train.metrics import Recorder
 from odjax_train.program import Program, TrainState
 from odjax_train.tasks import Sums, add, mean
+from odjax_train.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,7 @@ def train(
     agreement = Agreement(program.mesh)
     trace = _Trace(profile, start)
     saved = start if start in checkpoints.steps() else None
+    run.topology.look(state, step)
     if start == 0 and experiment.start_from is not None:
         run.evaluate(state, step, stop)  # what is improved on
     try:
@@ -174,6 +176,7 @@ class _Run:
         self.batches = batches
         self.checkpoints = checkpoints
         self.recorder = recorder
+        self.topology = Topology(recorder.folder, program, recorder)
         self.pending = _Pending()
         self.evaluation: dict[str, float] | None = None
         self._units = self.experiment.task.units(program.batch)
@@ -229,6 +232,7 @@ class _Run:
             if found is not None:
                 self.evaluation = found
                 self.recorder.evaluation(step, found)
+                self.topology.look(state, step)
         return found
 
     def save(self, state: TrainState, evaluation: dict[str, float] | None) -> None:

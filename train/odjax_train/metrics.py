@@ -61,6 +61,7 @@ class Recorder:
     """
 
     def __init__(self, folder: Path, steps: int, unit: str, console: Console, *, active: bool) -> None:
+        self.folder = folder
         self._active = active
         self._console = console
         self._steps = steps
@@ -117,6 +118,17 @@ class Recorder:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._console.print(f"step {step}/{self._steps}  held out: {shown}", highlight=False)
 
+    def topology(self, step: int, figures: Mapping[str, float], leaves: Mapping[str, Any]) -> None:
+        """What the links of a sparse model are like.
+
+        Args:
+            step: steps done.
+            figures: of all sparse leaves together.
+            leaves: path -> figures of one leaf.
+        """
+        if self._active:
+            self._write("topology", step, figures, leaves=leaves)
+
     def event(self, name: str, step: int, **details: Any) -> None:
         """Something that happened: a resume, an edit, a checkpoint, the end."""
         if self._active:
@@ -136,8 +148,8 @@ class Recorder:
             finally:
                 self._file.close()
 
-    def _write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        self._line({"kind": kind, "step": step, "time": time.time(), **metrics})
+    def _write(self, kind: str, step: int, metrics: Mapping[str, float], **details: Any) -> None:
+        self._line({"kind": kind, "step": step, "time": time.time(), **metrics, **details})
         for name, value in metrics.items():
             if math.isfinite(value):
                 self._events.scalar(f"{kind}/{name}", value, step)
@@ -153,10 +165,10 @@ def read(folder: Path) -> tuple[dict[str, dict[int, dict[str, Any]]], list[dict[
     A resumed run repeats the steps after its checkpoint; the newest line of a step counts.
 
     Returns:
-        `{"train": {step: metrics}, "eval": {step: metrics}}` in the order of the steps, and the events as
-        they came.
+        `{"train": {step: metrics}, "eval": ..., "topology": ...}` in the order of the steps, and the events
+        as they came.
     """
-    series: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
+    series: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}, "topology": {}}
     events = []
     for record in _lines(folder / "metrics.jsonl"):
         if "event" in record:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
@@ -16,6 +17,7 @@ def lines(
     marks: Mapping[float, str] | None = None,
     x: str = "step",
     log: bool = False,
+    share: bool = False,
 ) -> str:
     """A line plot.
 
@@ -27,6 +29,7 @@ def lines(
         marks: x -> what happened there.
         x: label of the x axis.
         log: whether y is logarithmic.
+        share: whether y is a part of a whole, shown from 0 on.
 
     Returns:
         an `<svg>` element.
@@ -58,17 +61,61 @@ def lines(
         )
     if log:
         axes.set_yscale("log")
+    if share:
+        axes.set_ylim(0, max(1.05 * axes.dataLim.y1, 1e-3))
+    return _finished(figure, title, x, legend=len(series) + len(dots or {}) > 1)
+
+
+def distributions(
+    title: str, counts: Series, *, before: Series | None = None, x: str, y: str, bins: int = 40
+) -> str:
+    """Shares of whole numbers, as outlines of histograms.
+
+    Args:
+        title: above it.
+        counts: name -> (values, how often each occurs).
+        before: name -> the same at another time, dotted, in the colour of the name.
+        x: label of the x axis.
+        y: label of the y axis.
+        bins: at most as many, all of one width.
+
+    Returns:
+        an `<svg>` element.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    largest = max((int(max(v)) for v, _ in [*counts.values(), *(before or {}).values()] if len(v)), default=0)
+    edges = np.arange(0, largest + 1 + (width := -(-(largest + 1) // bins)), width) - 0.5
+    for i, name in enumerate(counts):
+        colour = _COLOURS[i % len(_COLOURS)]
+        for series, style, label in ((before or {}, ":", None), (counts, "-", name)):
+            if name in series:
+                values, often = (np.asarray(each, float) for each in series[name])
+                shares = np.histogram(values, edges, weights=often)[0] / max(often.sum(), 1)
+                axes.stairs(shares, edges, color=colour, linestyle=style, linewidth=1.3, label=label)
+    axes.set_ylabel(y, fontsize=9)
+    return _finished(figure, title, x, legend=len(counts) > 1)
+
+
+def _finished(figure: Any, title: str, x: str, *, legend: bool) -> str:
+    (axes,) = figure.axes
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(x, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(series) + len(dots or {}) > 1:
+    if legend:
         axes.legend(fontsize=8, frameon=False)
     return _svg(figure)
 
 
-def _svg(figure: object) -> str:
+def _svg(figure: Any) -> str:
     import matplotlib
 
     out = io.StringIO()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from odjax_train import metrics, run_folder
+from odjax_train import metrics, run_folder, topology_page
 from odjax_train.errors import UserError
 from odjax_train.plots import lines
 
@@ -25,6 +25,7 @@ _PAGE = """<!doctype html>
  .plots svg {{ width: 100%; height: auto; border: 1px solid #e5e7eb; border-radius: 8px; }}
  .tables {{ display: flex; flex-wrap: wrap; gap: 0 3.5rem; }}
  table {{ border-collapse: collapse; font-size: .9rem; }} td, th {{ text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #f0f1f3; vertical-align: top; }}
+ table.numbers :not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
  pre {{ background: #f8f9fb; border: 1px solid #e5e7eb; border-radius: 8px; padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.35; }}
  details {{ margin: .6rem 0; }} summary {{ cursor: pointer; }}
 </style></head><body>
@@ -40,6 +41,7 @@ class Run(NamedTuple):
     record: Mapping[str, Any]
     train: Mapping[int, Mapping[str, Any]]
     eval: Mapping[int, Mapping[str, Any]]
+    topology: Mapping[int, Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
 
 
@@ -53,7 +55,7 @@ def read(folder: Path) -> Run:
     series, events = metrics.read(folder)
     if not series["train"] and not series["eval"]:
         raise UserError(f"{folder} has no metrics yet")
-    return Run(folder, record, series["train"], series["eval"], events)
+    return Run(folder, record, series["train"], series["eval"], series["topology"], events)
 
 
 def write(folders: Sequence[Path], out: Path) -> Path:
@@ -70,6 +72,7 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     names = [run.folder.name for run in runs]
     title = names[0] if len(runs) == 1 else f"{len(runs)} runs: {', '.join(names)}"
     parts = [f"<h1>{_e(title)}</h1>", _lead(runs), _tiles(runs), _plots(runs)]
+    parts.append(topology_page.curves({run.folder.name: run.topology for run in runs}))
     if len(runs) > 1:
         parts.append(_comparison(runs))
     for run in runs:
@@ -184,6 +187,7 @@ def _comparison(runs: Sequence[Run]) -> str:
 def _details(run: Run, *, heading: bool) -> str:
     record = run.record
     parts = [f"<h2>{_e(run.folder.name)}</h2>"] if heading else []
+    parts.append(topology_page.links(run.folder))
     samples = [event for event in run.events if event["event"] == "sample"]
     if samples:
         text = samples[-1]["prompt"] + samples[-1]["text"]

@@ -5,6 +5,7 @@ config.py           the configuration's text as it was
 metrics.jsonl       one JSON object a line
 events/             TensorBoard
 checkpoints/        Orbax
+topology.json, .npz  links of a sparse model
 report.html         plots
 """
 
