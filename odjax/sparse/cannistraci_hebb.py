@@ -19,7 +19,7 @@ from odjax.sparse.link_prediction import NODE_PREDICTORS, ch_scores, sharded_ch_
 from odjax.sparse.masks import links
 from odjax.sparse.path_scores import PATH_PREDICTORS, path_scores
 from odjax.sparse.percolation import Wiring, percolate, restrict_wiring
-from odjax.sparse.plans import Plan, overall_density
+from odjax.sparse.plans import Plan, matrix_of, overall_density
 from odjax.sparse.removal import removal_logits
 from odjax.sparse.rewiring import Layer, Score
 from odjax.sparse.schedules import Schedule, cosine, cubic, sigmoid
@@ -117,11 +117,6 @@ def regrowth(
         return ch_scores(mask, predictor, row_block=block, exact=exact)
 
     def score(layer: Layer) -> jax.Array:
-        if layer.mask.ndim < 2:
-            raise ValueError(
-                f"link prediction needs matrices, got a layer of shape {layer.mask.shape}: leave vectors out "
-                "of the plan"
-            )
         scores = jnp.where(layer.mask, 0, scores_of(layer.mask)).astype(jnp.float32)
         if rule == "top":
             return jnp.where(scores > 0, scores, jax.random.uniform(layer.key, scores.shape) - 1)
@@ -221,6 +216,11 @@ def chts(
       >>> int(links(state.masks["kernel"]))
       64
     """
+    for path, leaf in plan.items():
+        try:
+            matrix_of(leaf)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from None
     if adaptive_zeta and not callable(zeta):
         zeta = cosine(zeta, _needs_end("adaptive_zeta=True", end))
     if isinstance(temperature, tuple):

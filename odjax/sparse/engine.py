@@ -344,8 +344,8 @@ def topology_edit(
 ) -> Edit:
     """The change of links of a sparse optimizer as an `Edit`, for loops that compile edits apart.
 
-    The same masks and weights, bit for bit, as by the optimizer itself with `skip_step=False`. It uses the
-    optimizer's key, not the loop's.
+    Links change as by the optimizer itself with `skip_step=False` (up to the rounding of a fused step). It
+    uses the optimizer's key, not the loop's.
 
     Args:
       optimizer: of `dst` or a method on it, made with `by_edit=True`; its state is what the loop carries.
