@@ -6,9 +6,10 @@ therefore started apart, one at a time, and what it makes of one case never reac
 `Compiled`.
 
 The figures are the compiler's own static estimates, good for comparing programs and not for times. `cycles`
-sums what XLA writes beside its fusions: the body of a loop counts once, and sorts, collectives and Pallas
-kernels carry no estimate. `bundles` are the instruction words of a Pallas kernel, one of which is issued in a
-cycle: the body of its grid counts once with every branch of it, and waiting for memory is not in it.
+sums what XLA writes beside its fusions: the body of a loop counts once, of two branches the longer one, and
+sorts, collectives and Pallas kernels carry no estimate. `bundles` are the instruction words of a Pallas kernel,
+one of which is issued in a cycle: the body of its grid counts once with every branch of it, and waiting for
+memory is not in it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Compiled:
       topology: such as "v5e:2x4".
       error: why it did not compile, one line; "" where it did.
       cycles: estimated, summed over the fusions of XLA.
+      loops: estimated cycles of one trip of each loop, in the order of the program's text.
       unestimated: kinds of operations without an estimate, such as "sort".
       bundles: Pallas kernel -> instruction words.
       branches: Pallas kernel -> those of its conditional parts (`pl.when`) that hold no other, in order.
@@ -53,6 +55,7 @@ class Compiled:
     topology: str
     error: str = ""
     cycles: int = 0
+    loops: tuple[int, ...] = ()
     unestimated: tuple[str, ...] = ()
     bundles: dict[str, int] = dataclasses.field(default_factory=dict)
     branches: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -74,16 +77,28 @@ def is_available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def _cycles(hlo: str) -> tuple[int, tuple[str, ...]]:
-    """Sum of the estimates in the text of a compiled program, and the kinds of operations without one."""
-    total = sum(map(int, re.findall(r'"estimated_cycles":"?(\d+)', hlo)))
-    without = {
-        kind
-        for kind in re.findall(r"(?m)^ .*? = .*? ([a-z-]+)\(%", hlo)
-        if kind
-        in ("sort", "while", "all-reduce", "all-gather", "all-to-all", "reduce-scatter", "conditional")
-    }
-    return total, tuple(sorted(without))
+def _cycles(hlo: str) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
+    """Sum of the estimates in a program's text, that of each loop's body, and operations without one."""
+    own: dict[str, int] = {}
+    inner: dict[str, list[list[str]]] = {}
+    bodies, without, entry, name = [], set(), "", ""
+    for line in hlo.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if head:
+            name = head[2]
+            entry = name if head[1] else entry
+        own[name] = own.get(name, 0) + sum(map(int, re.findall(r'"estimated_cycles":"?(\d+)', line)))
+        called = re.findall(r"(body|calls|to_apply|branch_computations)=(\{[^}]*\}|[^,\s]+)", line)
+        for role, names in called:
+            inner.setdefault(name, []).append(re.findall(r"[\w.-]+", names))
+            bodies += inner[name][-1] if role == "body" else []
+        kind = re.search(r" = .*? (sort|while|conditional|all-[a-z]+|reduce-scatter)\(", line)
+        without |= {kind[1]} if kind else set()
+
+    def total(name: str) -> int:
+        return own.get(name, 0) + sum(max(map(total, names)) for names in inner.get(name, []))
+
+    return total(entry), tuple(map(total, bodies)), tuple(sorted(without))
 
 
 def _innermost(text: str) -> tuple[int, ...]:
@@ -129,8 +144,9 @@ def _bundles(folder: pathlib.Path, before: set[str]) -> tuple[dict[str, int], di
 
 
 def _from_json(report: dict[str, Any]) -> Compiled:
+    tuples = {name: tuple(report[name]) for name in ("loops", "unestimated")}
     branches = {kernel: tuple(sizes) for kernel, sizes in report["branches"].items()}
-    return Compiled(**{**report, "unestimated": tuple(report["unestimated"]), "branches": branches})
+    return Compiled(**{**report, **tuples, "branches": branches})
 
 
 def load_cases(file: str | pathlib.Path) -> list[Case]:
@@ -179,12 +195,13 @@ def _compile_here(file: str, topology: str, names: Sequence[str], dumps: pathlib
             jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
             program = jitted.lower(*shapes).compile()
             memory = program.memory_analysis()
-            cycles, unestimated = _cycles(program.as_text())
+            cycles, loops, unestimated = _cycles(program.as_text())
             bundles, branches = _bundles(dumps, before)
             yield Compiled(
                 name,
                 topology,
                 cycles=cycles,
+                loops=loops,
                 unestimated=unestimated,
                 bundles=bundles,
                 branches=branches,

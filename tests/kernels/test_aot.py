@@ -81,12 +81,28 @@ def test_the_sizes_of_branches_are_read_from_a_schedule():
 
 
 def test_estimates_are_summed_and_what_has_none_is_named():
-    hlo = """
-  %a = f32[8] fusion(%p), kind=kLoop, backend_config={"estimated_cycles":"12"}
-  %b = f32[8] fusion(%a), kind=kLoop, backend_config={"estimated_cycles":"30"}
-  %c = (f32[8], s32[8]) sort(%b, %i), dimensions={0}
+    hlo = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused.1, backend_config={"estimated_cycles":"12"}
+}
+
+%short.2 (p: f32[8]) -> f32[8] {
+  %d = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused.2, backend_config={"estimated_cycles":"5"}
+}
+
+%long.3 (p: f32[8]) -> f32[8] {
+  %e = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused.2, backend_config={"estimated_cycles":"7"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]{0}) while(%t), condition=%q, body=%body.1, metadata={op_name="while"}
+  %b = f32[8]{0} fusion(%w), kind=kLoop, calls=%fused.3, backend_config={"estimated_cycles":"30"}
+  %u = f32[8]{0} conditional(%i, %b, %b), branch_computations={%short.2, %long.3}
+  %c = (f32[8]{0}, s32[8]{0}) sort(%u, %i), dimensions={0}
+}
 """
-    assert aot._cycles(hlo) == (42, ("sort",))
+    assert aot._cycles(hlo) == (12 + 30 + 7, (12,), ("conditional", "sort", "while"))
 
 
 def test_without_the_compiler_the_error_says_what_to_install(monkeypatch):
