@@ -108,6 +108,8 @@ def network(case):
             first[:, :, 4] = last[:, :, 5] = False
         if name == "down":
             stack[:, 6] = last[:, 7] = False
+        if name == "k":
+            stack[:, :, 0, 0::2] = False  # what rotary positions turn together
         if name == "v":
             first[:, :, 1] = stack[:, :, 0, 1] = False  # a head, a dimension of a head
         if name == "o":
@@ -171,6 +173,13 @@ def test_nothing_is_left_to_percolate_or_to_compress(name):
         twice = compress(small.params, small.masks, wiring)
     for one, other in zip(jax.tree.leaves(small.params), jax.tree.leaves(twice.params), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_queries_of_dead_keys_go_where_there_are_no_biases():
+    for name, gone in (("decoder", True), ("bert", False)):
+        query = compressed(name)[2].masks["layers/attn/q/kernel"][0]
+        assert query[:, 0, 0::2].any() != gone
+        assert query[:, 0, 1::2].any()
 
 
 def test_dead_dimensions_of_a_head_keep_their_place_and_lose_their_links():

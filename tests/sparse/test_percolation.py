@@ -12,7 +12,8 @@ from hypothesis import given
 
 from odjax.core import leaves_with_paths, unbox
 from odjax.models import MLP, Bert, Decoder, EncoderDecoder, ViT
-from odjax.sparse.percolation import Ends, Junction, live_units, percolate, restrict_wiring, wiring_of
+from odjax.sparse.percolation import live_units, percolate
+from odjax.sparse.wiring import Ends, Junction, restrict_wiring, wiring_of
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -62,9 +62,9 @@ class Topology:
     """
 
     def __init__(self, folder: Path, program: Program, recorder: Recorder) -> None:
-        params = dict(leaves_with_paths(program.state.params))
-        paths = [path for path in packed_masks(program.state.opt_state) if len(params[path].shape) > 1]
-        self._leaves = {path: params[path] for path in sorted(paths)}
+        masks = packed_masks(program.state.opt_state)
+        leaves = leaves_with_paths(program.state.params)
+        self._leaves = {path: leaf for path, leaf in leaves if path in masks and len(leaf.shape) > 1}
         self._folder, self._recorder = folder, recorder
         if not self._leaves:
             return
