@@ -7,9 +7,8 @@ therefore started apart, one at a time, and what it makes of one case never reac
 
 The figures are the compiler's own static estimates, good for comparing programs and not for times. `cycles`
 sums what XLA writes beside its fusions: the body of a loop counts once, of two branches the longer one, and
-sorts, collectives and Pallas kernels carry no estimate. `bundles` are the instruction words of a Pallas kernel,
-one of which is issued in a cycle: the body of its grid counts once with every branch of it, and waiting for
-memory is not in it.
+sorts, collectives and Pallas kernels carry no estimate. A `Schedule` counts instruction words of a kernel;
+waiting for memory is not in it.
 """
 
 from __future__ import annotations
@@ -25,12 +24,29 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 TOPOLOGIES = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4")
 
 Case = tuple[str, Callable[..., Any], tuple[Any, ...]]
 """(name, function, arguments as a tuple of trees of `jax.ShapeDtypeStruct`)."""
+
+
+_ADDRESS = re.compile(r"\s*(?:0x)?([0-9a-f]+)\s+([A-Z]{2})?\s*:\s*(>*) ")
+
+
+class Schedule(NamedTuple):
+    """Instruction words of a Pallas kernel, of which one is issued in a cycle.
+
+    Attributes:
+      bundles: in the whole kernel, one step of its grid with every branch.
+      branches: in the conditional parts (`pl.when`) that hold no other one, in order.
+      loops: in one trip of each loop inside a step of the grid, in order.
+    """
+
+    bundles: int
+    branches: tuple[int, ...] = ()
+    loops: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +60,7 @@ class Compiled:
       cycles: estimated, summed over the fusions of XLA.
       loops: estimated cycles of one trip of each loop, in the order of the program's text.
       unestimated: kinds of operations without an estimate, such as "sort".
-      bundles: Pallas kernel -> instruction words.
-      branches: Pallas kernel -> those of its conditional parts (`pl.when`) that hold no other, in order.
+      kernels: name of a Pallas kernel -> its schedule.
       temporaries: bytes in the memory of the chip, beside arguments and outputs.
       arguments: bytes.
       outputs: bytes.
@@ -57,8 +72,7 @@ class Compiled:
     cycles: int = 0
     loops: tuple[int, ...] = ()
     unestimated: tuple[str, ...] = ()
-    bundles: dict[str, int] = dataclasses.field(default_factory=dict)
-    branches: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, Schedule] = dataclasses.field(default_factory=dict)
     temporaries: int = 0
     arguments: int = 0
     outputs: int = 0
@@ -101,15 +115,14 @@ def _cycles(hlo: str) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
     return total(entry), tuple(map(total, bodies)), tuple(sorted(without))
 
 
-def _innermost(text: str) -> tuple[int, ...]:
+def _branches(listing: str) -> tuple[int, ...]:
     """Sizes of the conditional parts of a schedule that hold no other one.
 
     A conditional jump names the region behind the part that it passes over.
     """
-    ends, jumps = {}, []
-    for line in text.splitlines():
-        head = re.match(r"\s*(?:0x)?([0-9a-f]+)\s+(?:[A-Z]{2})?\s*: ", line)
-        if head:
+    ends, jumps, here = {}, [], 0
+    for line in listing.splitlines():
+        if head := _ADDRESS.match(line):
             here = int(head[1], 16)
             jumps += [(here, int(n)) for n in re.findall(r"sbr\.rel \(!?%\w+\) target = \$region(\d+)", line)]
         ends |= {int(n): here for n in re.findall(r"End region (\d+)", line)}
@@ -121,9 +134,29 @@ def _innermost(text: str) -> tuple[int, ...]:
     )
 
 
-def _bundles(folder: pathlib.Path, before: set[str]) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
-    """Instruction words of the Pallas kernels in the files written since, and those of their branches."""
-    sizes, branches = {}, {}
+def _loops(listing: str) -> tuple[int, ...]:
+    """Sizes of the bodies of a schedule's loops inside that over its grid, in the order of their starts.
+
+    A body begins with the mark LB at its depth (the number of >) and ends with a jump back at this depth.
+    """
+    found, open_at = {}, {}
+    for line in listing.splitlines():
+        head = _ADDRESS.match(line)
+        if not head:
+            continue
+        here, depth = int(head[1], 16), len(head[3])
+        if head[2] == "LB":
+            open_at[depth] = here
+        if depth in open_at and re.search(r"sbr\.rel \(!%", line):
+            start = open_at.pop(depth)
+            if depth > 1:
+                found[start] = here - start
+    return tuple(found[start] for start in sorted(found))
+
+
+def _schedules(folder: pathlib.Path, before: set[str]) -> dict[str, Schedule]:
+    """The schedules of the Pallas kernels in the files written since."""
+    found = {}
     for file in folder.glob("*schedule-analysis_final_bundles.txt"):
         if file.name in before:
             continue
@@ -135,18 +168,21 @@ def _bundles(folder: pathlib.Path, before: set[str]) -> tuple[dict[str, int], di
             ).groups()
             if kernel == "TLP":  # the program around the kernels
                 continue
-            sizes[kernel] = int(total[1])
-            listing = [
+            files = [
                 f for f in folder.glob(f"{stamp}-*-final_bundles.txt") if "schedule-analysis" not in f.name
             ]
-            branches[kernel] = _innermost(listing[0].read_text(errors="replace")) if listing else ()
-    return sizes, branches
+            listing = files[0].read_text(errors="replace") if files else ""
+            found[kernel] = Schedule(int(total[1]), _branches(listing), _loops(listing))
+    return found
 
 
 def _from_json(report: dict[str, Any]) -> Compiled:
     tuples = {name: tuple(report[name]) for name in ("loops", "unestimated")}
-    branches = {kernel: tuple(sizes) for kernel, sizes in report["branches"].items()}
-    return Compiled(**{**report, **tuples, "branches": branches})
+    kernels = {
+        kernel: Schedule(bundles, tuple(branches), tuple(loops))
+        for kernel, (bundles, branches, loops) in report["kernels"].items()
+    }
+    return Compiled(**{**report, **tuples, "kernels": kernels})
 
 
 def load_cases(file: str | pathlib.Path) -> list[Case]:
@@ -196,15 +232,13 @@ def _compile_here(file: str, topology: str, names: Sequence[str], dumps: pathlib
             program = jitted.lower(*shapes).compile()
             memory = program.memory_analysis()
             cycles, loops, unestimated = _cycles(program.as_text())
-            bundles, branches = _bundles(dumps, before)
             yield Compiled(
                 name,
                 topology,
                 cycles=cycles,
                 loops=loops,
                 unestimated=unestimated,
-                bundles=bundles,
-                branches=branches,
+                kernels=_schedules(dumps, before),
                 temporaries=memory.temp_size_in_bytes,
                 arguments=memory.argument_size_in_bytes,
                 outputs=memory.output_size_in_bytes,

@@ -36,7 +36,7 @@ def test_every_kernel_compiles_for(file, topology):
     names = [name for name, *_ in aot.load_cases(file)]
     reports = aot.compile_cases(file, topology, names)
     assert {name: report.error for name, report in reports.items() if report.error} == {}
-    assert [name for name, report in reports.items() if not report.bundles] == []
+    assert [name for name, report in reports.items() if not report.kernels] == []
 
 
 @needs_libtpu
@@ -52,7 +52,7 @@ def test_a_case_that_ends_the_compilers_process_is_reported_and_the_others_go_on
     dies, fails, product = aot.compile_cases(file, "v5e:2x4", ["dies", "fails", "product"]).values()
     assert dies.error == "the compiler's process ended with 7"
     assert "has no attribute foo" in fails.error
-    assert (product.error, product.bundles) == ("", {})
+    assert (product.error, product.kernels) == ("", {})
     # Four units of 128 x 128 multiply and add in a cycle: no estimate is below that.
     assert 512**3 / (4 * 128**2) <= product.cycles < 10 * 512**3 / (4 * 128**2)
     assert (product.arguments, product.outputs) == (2 * 512**2, 2 * 512**2)
@@ -77,7 +77,19 @@ def test_cases_lower_for_tpu_without_its_compiler():
 
 def test_the_sizes_of_branches_are_read_from_a_schedule():
     # The part behind $region28 holds the two others; the jump back to $region3 closes the loop.
-    assert aot._innermost(SCHEDULE) == (0xD - 0x3, 0x1E - 0xE)
+    assert aot._branches(SCHEDULE) == (0xD - 0x3, 0x1E - 0xE)
+
+
+def test_the_sizes_of_inner_loops_are_read_from_a_schedule():
+    schedule = """
+   0x1 LB: > { %s1 = smov 0 }
+   0x2 LB: >> { %s2 = smov 0 }
+   0x5 LB: >>> { %s3 = smov 0 }
+   0x9   : >>> { %5 = sbr.rel (!%p1) target = $region1 }
+   0x15   : >> { %6 = sbr.rel (!%p2) target = $region2 }
+   0x20   : > { %7 = sbr.rel (!%p3) target = $region3 }
+"""
+    assert aot._loops(schedule) == (0x15 - 0x2, 0x9 - 0x5)
 
 
 def test_estimates_are_summed_and_what_has_none_is_named():
