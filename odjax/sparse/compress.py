@@ -140,8 +140,9 @@ def _opened(dense: dict[str, Any], masks: Any, wiring: Sequence[Junction]) -> tu
                 raise ValueError(
                     f"the wiring names {ends.path!r}, which is no leaf of the parameters; there are {some}"
                 )
-            leaves[ends.path] = np.array(dense[ends.path])
-            links.setdefault(ends.path, np.ones(leaves[ends.path].shape, bool))
+            if ends.path not in leaves:
+                leaves[ends.path] = np.array(dense[ends.path])
+                links[ends.path] = np.ones(leaves[ends.path].shape, bool)
         for role in ("inputs", "outputs"):
             for ends in getattr(junction, role):
                 if (role, ends.path) in sides:
@@ -152,7 +153,8 @@ def _opened(dense: dict[str, Any], masks: Any, wiring: Sequence[Junction]) -> tu
                 sides.add((role, ends.path))
     check_wiring(tuple(wiring), {path: leaf.shape for path, leaf in leaves.items()})
     for junction in wiring:
-        for ends in (*junction.inputs, *junction.outputs):
+        follow = () if junction.cut is None else junction.cut.follow
+        for ends in (*junction.inputs, *junction.outputs, *follow):
             if ends.bias is not None:
                 leaves[ends.bias] = _bias(dense, ends, leaves[ends.path].shape, ends in junction.outputs)
     for path, mask in links.items():

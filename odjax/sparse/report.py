@@ -23,6 +23,8 @@ from odjax.core.trees import dtype_of, shape_of
 
 Side = Literal["in", "out"]
 
+_HEADER = ("path", "shape", "links", "density", "active in", "active out", "packed", "dense", "FLOPs a row")
+
 
 class LeafReport(NamedTuple):
     """The figures of one sparse leaf; counts are totals over the layers of a stack.
@@ -224,19 +226,8 @@ def format_report(rows: Iterable[LeafReport]) -> str:
       total: 2 of 8 links (25.00 %), 12 B of 32 B, 4 of 16 FLOPs a row
     """
     rows = tuple(rows)
-    header = (
-        "path",
-        "shape",
-        "links",
-        "density",
-        "active in",
-        "active out",
-        "packed",
-        "dense",
-        "FLOPs a row",
-    )
     right = (2, 3, 4, 5, 8)
-    table = [header] + [
+    table = [_HEADER] + [
         (
             row.path,
             "(" + ", ".join(map(str, row.shape)) + ")",
@@ -292,11 +283,10 @@ def degree_histogram(mask: jax.Array, side: Side) -> jax.Array:
         raise ValueError(f"mask must be [..., n_in, n_out], got {list(mask.shape)}")
     if side not in ("in", "out"):
         raise ValueError(f"side must be 'in' or 'out', got {side!r}")
-    degrees = jnp.sum(mask, axis=-2 if side == "out" else -1, dtype=jnp.int32)
-    length = mask.shape[-2 if side == "out" else -1] + 1
-    stack = degrees.reshape(-1, degrees.shape[-1])
-    counts = jax.vmap(lambda d: jnp.bincount(d, length=length))(stack)
-    return counts.astype(jnp.int32).reshape(*degrees.shape[:-1], length)
+    axis = -2 if side == "out" else -1
+    found, length = jnp.sum(mask, axis=axis, dtype=jnp.int32), mask.shape[axis] + 1
+    counts = jax.vmap(lambda d: jnp.bincount(d, length=length))(found.reshape(-1, found.shape[-1]))
+    return counts.astype(jnp.int32).reshape(*found.shape[:-1], length)
 
 
 def _check_words(words: Any) -> None:

@@ -172,6 +172,17 @@ def check_wiring(wiring: Wiring, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if len(set(sizes.values())) > 1:
             came = ", ".join(f"{path!r} has {list(size)}" for path, size in sizes.items())
             raise ValueError(f"junction {i} of the wiring joins layers whose units differ: {came}")
+        if junction.cut is None:
+            continue
+        units, stacked = next(iter(sizes.values())), junction.inputs[0].stacked
+        if not 0 <= junction.cut.axis < len(units) - stacked:
+            raise ValueError(f"junction {i} cuts axis {junction.cut.axis} of units {list(units[stacked:])}")
+        wanted = (*units[:stacked], units[stacked + junction.cut.axis])
+        for ends in junction.cut.follow:
+            if ends.path in shapes and (came := _units(ends, shapes[ends.path])) != wanted:
+                raise ValueError(
+                    f"junction {i} cuts {list(wanted)} units, {ends.path!r} cannot follow with {list(came)}"
+                )
 
 
 def _units(ends: Ends, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -278,17 +289,16 @@ def wiring_of(model: Model, *, exact: bool = True) -> Wiring:
             "wiring_of knows MLP, Decoder, EncoderDecoder, ViT and Bert, "
             f"got {type(model).__name__}: write its junctions as a tuple of Junction"
         )
-    # Only a decoder has heads whose number is not tied to their width.
-    heads_go = isinstance(model, Decoder)
-    rotary = isinstance(model, Decoder)
+    # Only it has rotary positions, and heads whose number is not tied to their width.
+    decoder = isinstance(model, Decoder)
     wiring: list[Junction] = []
     for stack, attentions in stacks.items():
         for layer, stacked in _layers(f"{stack}layers", model.layers, model.scan):
             for attention in attentions:
                 name = f"{layer}/{attention}"
                 if not exact or not (bias or normalized):
-                    wiring.append(_queries_and_keys(name, stacked, sizes, bias, pairs=rotary and exact))
-                wiring.append(_values(name, stacked, sizes, bias, cut=heads_go))
+                    wiring.append(_queries_and_keys(name, stacked, sizes, bias, pairs=decoder and exact))
+                wiring.append(_values(name, stacked, sizes, bias, cut=decoder))
             product = not (bias and exact)
             wiring.append(_hidden(f"{layer}/mlp", stacked, gated, activation, bias, product=product))
     return tuple(wiring)

@@ -229,9 +229,39 @@ def test_a_part_of_a_wiring_cuts_nothing():
     assert small.sizes == {} == small.kept
 
 
+def test_what_follows_a_cut_loses_its_biases_too():
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(2, 4)) for name in ("v", "q")} | {"o": rng.normal(size=(4, 3))}
+    params["q_bias"] = rng.normal(size=4)
+    value, out = Ends("v", (1,)), Ends("o", (0,))
+    cut = Cut(follow=(Ends("q", (1,), bias="q_bias"),), size="heads")
+    masks = {"v": np.array([[True, False, True, False]] * 2)}
+    small = compress(params, masks, (Junction((value,), (out,), cut=cut),))
+    assert small.sizes == {"heads": 2}
+    np.testing.assert_array_equal(small.params["q_bias"], params["q_bias"][[0, 2]])
+    np.testing.assert_array_equal(small.params["q"], params["q"][:, [0, 2]])
+
+
+VALUES = {"v": np.ones((2, 4)), "o": np.ones((4, 2))}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: compress(
+                VALUES, {}, (Junction((Ends("v", (1,)),), (Ends("o", (0,)),), cut=Cut(axis=1)),)
+            ),
+            "junction 0 cuts axis 1 of units [4]",
+        ),
+        (
+            lambda: compress(
+                VALUES,
+                {},
+                (Junction((Ends("v", (1,)),), (Ends("o", (0,)),), cut=Cut(follow=(Ends("v", (0,)),))),),
+            ),
+            "junction 0 cuts [4] units, 'v' cannot follow with [2]",
+        ),
         (
             lambda: compressed_model(MLP((4, 4, 2)), {"mlp_width": 3}),
             "a MLP has the sizes features/0, features/1, got mlp_width: compress with the wiring of this model",

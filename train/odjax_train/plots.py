@@ -67,7 +67,7 @@ def lines(
 
 
 def distributions(
-    title: str, counts: Series, *, before: Series | None = None, x: str, y: str, bins: int = 40
+    title: str, counts: Series, *, before: Series | None = None, x: str, y: str, bins: int = 80
 ) -> str:
     """Shares of whole numbers, as outlines of histograms.
 
