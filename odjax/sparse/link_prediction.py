@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +126,7 @@ def ch_scores(
     row_block: int | None = None,
     exact: bool = True,
     precision: jax.lax.PrecisionLike = None,
+    implementation: Literal["xla", "pallas"] = "xla",
 ) -> jax.Array:
     """Scores of the absent links, a sum over the nodes of their local communities.
 
@@ -150,6 +151,10 @@ def ch_scores(
         number of devices and any order of the nodes, and links with equal scores stay equal. 1.5 to 2 times
         the operations; node weights are cut at 2^-24 of the largest one of a row or column. False: float32.
       precision: of the products with M where not exact, as in `jax.lax.dot_general`. Counts are always exact.
+      implementation: "xla", or "pallas" for a kernel on a TPU that keeps no M in memory
+        (`odjax_kernels.link_scores`), one layer after the other; elsewhere that is "xla". The same bits where
+        exact, and M rounded to bfloat16 where not. XLA cannot divide a kernel over devices: in a program of
+        several call it inside `jax.shard_map`.
 
     Returns:
       float32 [..., n, m]: positive exactly where the link is absent and a path of length three joins its
@@ -157,8 +162,8 @@ def ch_scores(
 
     Raises:
       TypeError: a mask that is not bool.
-      ValueError: fewer than two axes, an unknown predictor, a row_block below 1, more than 2^16 nodes a side
-        or a precision with `exact`.
+      ValueError: fewer than two axes, an unknown predictor or implementation, a row_block below 1, more than
+        2^16 nodes a side or a precision with `exact`, or a precision with "pallas".
 
     Source: Zhang et al. 2025, arXiv 2501.19107, section 3 (CH2-L3n, CH3-L3n); the authors' code (CH3.1-L3n).
       The matrix form is ours.
@@ -170,7 +175,19 @@ def ch_scores(
     """
     mask = check_mask(mask)
     _check_options(mask, predictor, row_block, exact, precision)
-    return _scores(mask, predictor, row_block, exact, precision)
+    if implementation == "xla":
+        return _scores(mask, predictor, row_block, exact, precision)
+    if implementation != "pallas":
+        raise ValueError(f"implementation must be 'xla' or 'pallas', got {implementation!r}")
+    if precision is not None:
+        raise ValueError(
+            f"precision={precision!r} is for implementation='xla': the kernel multiplies bfloat16"
+        )
+    return jax.lax.platform_dependent(
+        mask,
+        tpu=functools.partial(_kernel_scores, predictor=predictor, exact=exact),
+        default=lambda mask: _scores(mask, predictor, row_block, exact, precision),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -183,6 +200,17 @@ def _scores(
         return jnp.where(mask, 0, left + right.T)
 
     return over_layers(one, mask, sequential=row_block is not None)
+
+
+def _kernel_scores(mask: jax.Array, predictor: str, exact: bool) -> jax.Array:
+    # Pallas is loaded where it is used.
+    from odjax_kernels.link_scores import link_scores
+    from odjax_kernels.packing import pack_rows
+
+    def one(mask: jax.Array) -> jax.Array:
+        return link_scores(pack_rows(mask), mask.shape, NODE_PREDICTORS[predictor], exact=exact)
+
+    return over_layers(one, mask, sequential=True)
 
 
 def sharded_ch_scores(

@@ -154,6 +154,19 @@ def test_blocks_of_rows_never_hold_all_pairs_of_inputs():
     assert temporary(64) < pairs // 4
 
 
+def test_the_kernel_is_in_programs_for_tpus_alone_and_only_where_it_is_asked_for():
+    mask = jnp.asarray(np.random.default_rng(5).random((2, N, M)) < 0.3)
+
+    def program(platform, implementation):
+        fn = jax.jit(functools.partial(ch_scores, implementation=implementation))
+        return jax.export.export(fn, platforms=[platform])(mask).mlir_module()
+
+    assert "link_scores_columns" in program("tpu", "pallas")
+    assert "link_scores_columns" not in program("tpu", "xla")
+    assert "link_scores_columns" not in program("cpu", "pallas")
+    np.testing.assert_array_equal(scores(mask, implementation="pallas"), scores(mask))
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -233,6 +246,10 @@ def test_bad_input_is_named():
         ch_scores(good, row_block=0)
     with pytest.raises(ValueError, match="precision='highest' is for exact=False"):
         ch_scores(good, precision="highest")
+    with pytest.raises(ValueError, match="precision='highest' is for implementation='xla'"):
+        ch_scores(good, exact=False, precision="highest", implementation="pallas")
+    with pytest.raises(ValueError, match="implementation must be 'xla' or 'pallas', got 'mosaic'"):
+        ch_scores(good, implementation="mosaic")
     with pytest.raises(ValueError, match=r"up to 2\^16 nodes a side, got \[1, 65537\]: type exact=False"):
         jax.eval_shape(ch_scores, jax.ShapeDtypeStruct((1, 65537), jnp.bool_))
     with pytest.raises(ValueError, match=r"fewer than 2\^24 nodes a side"):
