@@ -28,6 +28,7 @@ KEY = jax.random.key(0)
 
 kernel = jax.jit(functools.partial(gumbel_threshold_mask, interpret=True))
 reference = jax.jit(gumbel_threshold_mask_reference)
+noise_of = jax.jit(gumbel_noise, static_argnums=1)
 
 
 def weights(shape, seed, special=0.0):
@@ -73,13 +74,13 @@ def test_equal_keys_are_taken_in_the_order_of_the_rows(k):
 
 
 def test_slices_are_draws_of_their_own_and_the_interpreter_of_tpu_programs_gives_the_same_bits():
-    x = jnp.zeros((2, 2, 9, 5))
-    k = jnp.array([[3, 0], [45, 9]])
+    x = jnp.zeros((2, 9, 5))
+    k = jnp.array([20, 45])
     want = reference(KEY, x, k)
     np.testing.assert_array_equal(gumbel_threshold_mask(KEY, x, k, interpret=pltpu.InterpretParams()), want)
     np.testing.assert_array_equal(jax.lax.population_count(want).sum((-1, -2)), k)
-    np.testing.assert_array_equal(want[0, 0], reference(KEY, x[0, 0], jnp.int32(3)))
-    same = reference(KEY, x, jnp.int32(20)).reshape(4, -1)
+    np.testing.assert_array_equal(want[0], reference(KEY, x[0], jnp.int32(20)))
+    same = reference(KEY, jnp.zeros((2, 2, 9, 5)), jnp.int32(20)).reshape(4, -1)
     assert all((a != b).any() for a, b in itertools.combinations(np.asarray(same), 2))
 
 
@@ -95,7 +96,7 @@ def test_the_generator_gives_the_known_answers_of_its_authors():
 
 
 def test_noise_is_standard_gumbel():
-    noise = np.sort(np.ravel(gumbel_noise(jnp.array([1, 2], jnp.uint32), (400, 500))).astype(np.float64))
+    noise = np.sort(np.ravel(noise_of(jnp.array([1, 2], jnp.uint32), (400, 500))).astype(np.float64))
     law = np.exp(-np.exp(-noise))
     steps = np.arange(noise.size + 1) / noise.size
     distance = max((steps[1:] - law).max(), (law - steps[:-1]).max())
@@ -106,14 +107,14 @@ def test_noise_is_standard_gumbel():
 def test_noise_is_that_of_the_counter_in_64_bits_where_float32_uniforms_end():
     """Against the definition in float64, on counters found to be far out in both tails."""
     seed = jnp.array([5, 6], jnp.uint32)
-    shape = (500, 1000)
+    shape = (400, 500)
     flat = jnp.arange(shape[0] * shape[1], dtype=jnp.uint32)
-    high, low = threefry_2x32((seed[0], seed[1]), (jnp.zeros_like(flat), flat))
+    high, low = jax.jit(threefry_2x32)((seed[0], seed[1]), (jnp.zeros_like(flat), flat))
     v = (np.asarray(high).astype(np.float64) * 2.0**32 + np.asarray(low)) * 2.0**-64
     far = np.argsort(v)[[*range(20), *range(-20, 0)]]
     want = -np.log(-np.log1p(-v[far]))
-    got = np.ravel(gumbel_noise(seed, shape))[far]
-    assert want.max() > 12
+    got = np.ravel(noise_of(seed, shape))[far]
+    assert want.max() > 11
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
