@@ -165,7 +165,7 @@ def translator(
         >>> from odjax.models import encoder_decoder
         >>> from odjax_train.data import ByteTokenizer
         >>> model = encoder_decoder("tiny", vocab=256, layers=1, width=16)
-        >>> tokens = jnp.ones((1, 4), jnp.int32)
+        >>> tokens = np.ones((1, 4), np.int32)
         >>> params = jax.jit(model.init)(jax.random.key(0), tokens, tokens)["params"]
         >>> len(translator(model, ByteTokenizer(), length=8, batch=2)(params, ["eins", "zwei", "drei"]))
         3
