@@ -14,6 +14,7 @@ from odjax.sparse.compress import compress as compress
 from odjax.sparse.correlation import feature_correlation as feature_correlation
 from odjax.sparse.engine import DstState as DstState
 from odjax.sparse.engine import dst as dst
+from odjax.sparse.engine import planned as planned
 from odjax.sparse.engine import topology_edit as topology_edit
 from odjax.sparse.formats import fits_n_of_m as fits_n_of_m
 from odjax.sparse.formats import nm_compress as nm_compress

@@ -18,11 +18,12 @@ from odjax.sparse.engine import dst
 from odjax.sparse.link_prediction import NODE_PREDICTORS, ch_scores, sharded_ch_scores
 from odjax.sparse.masks import links
 from odjax.sparse.path_scores import PATH_PREDICTORS, path_scores
-from odjax.sparse.percolation import Wiring, percolate, restrict_wiring
+from odjax.sparse.percolation import percolate
 from odjax.sparse.plans import Plan, matrix_of, overall_density
 from odjax.sparse.removal import removal_logits
 from odjax.sparse.rewiring import Layer, Score
 from odjax.sparse.schedules import Schedule, cosine, cubic, sigmoid
+from odjax.sparse.wiring import Wiring, restrict_wiring
 
 Predictor = str | Callable[[jax.Array], jax.Array]
 Temperature = float | tuple[float, float] | Callable[[jax.Array], jax.Array]
@@ -282,6 +283,14 @@ def chtss(
       ValueError: as `chts`; a decay that ends after `end`, a density below the plan's.
 
     Source: Zhang et al., NeurIPS 2025, arXiv 2501.19107, section 3 (sigmoid gradual density decay).
+
+    Example:
+      >>> from odjax.sparse.plans import uniform
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> plan = uniform(params, 0.75)
+      >>> optimizer = chtss(optax.adam(1e-3), plan, key=jax.random.key(0), end=750, decay_end=400)
+      >>> jax.eval_shape(optimizer.init, params).masks["kernel"].shape
+      (1, 8)
     """
     planned = overall_density(plan)
     if not callable(decay):
@@ -339,6 +348,13 @@ def cht(
 
     Source: Zhang et al., ICLR 2024, "Epitopological learning and Cannistraci-Hebb network shape intelligence
       brain-inspired theory for ultra-sparse advantage in deep learning".
+
+    Example:
+      >>> from odjax.sparse.plans import uniform
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> optimizer = cht(optax.sgd(0.1), uniform(params, 0.75), key=jax.random.key(0))
+      >>> jax.eval_shape(optimizer.init, params).masks["kernel"].shape
+      (1, 8)
     """
     fixed: dict[str, Any] = {
         "adaptive_zeta": False,

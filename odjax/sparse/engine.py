@@ -226,7 +226,9 @@ def dst(
         history = {p: jnp.zeros_like(shapes[p]) for p in plan} if init_new == "history" else ()
         count = jnp.zeros([], jnp.int32)
         overlap = {path: jnp.zeros(leaf.batch_shape, jnp.float32) for path, leaf in plan.items()}
-        return DstState(count, jax.random.key_data(key), words, inner.init(now), history, overlap)
+        # A copy: the state may be donated, the key is the caller's.
+        data = jnp.array(jax.random.key_data(key), copy=True)
+        return DstState(count, data, words, inner.init(now), history, overlap)
 
     def cleared(inner_state: Any, stays: Masks, params: Any) -> Any:
         """The inner state with that of the start wherever a link does not stay."""
@@ -319,6 +321,41 @@ def dst(
         if end is not None:
             due &= count <= end
         return jax.lax.cond(due, topology, ordinary)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def planned(
+    make: Callable[[Plan], optax.GradientTransformation], plan: Callable[[Any], Plan]
+) -> optax.GradientTransformationExtraArgs:
+    """A sparse optimizer whose plan is made from the parameters that it is given.
+
+    For places where the parameters are not known yet, such as a configuration.
+
+    Args:
+      make: plan -> optimizer, such as `lambda plan: chts(optax.adam(1e-3), plan, key=key, end=750)`.
+      plan: parameters -> plan, such as `functools.partial(uniform, sparsity=0.9)`; called at every trace.
+
+    Returns:
+      A transform with the state of what `make` makes.
+
+    Example:
+      >>> from odjax.sparse import links, static, uniform
+      >>> optimizer = planned(lambda plan: static(optax.sgd(0.1), plan, key=jax.random.key(0)),
+      ...                     lambda params: uniform(params, 0.75))
+      >>> int(links(optimizer.init({"kernel": jnp.ones((8, 8))}).masks["kernel"]))
+      16
+    """
+
+    def init(params: Any) -> Any:
+        return make(plan(params)).init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError(
+                "a planned optimizer needs the parameters: call update(gradients, state, params)"
+            )
+        return make(plan(params)).update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

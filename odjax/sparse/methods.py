@@ -76,6 +76,13 @@ def set_(
       ValueError: as `dst`.
 
     Source: Mocanu et al., Nature Communications 2018, arXiv 1707.04780.
+
+    Example:
+      >>> from odjax.sparse.plans import uniform
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> optimizer = set_(optax.sgd(0.1), uniform(params, 0.75), key=jax.random.key(0), end=750)
+      >>> jax.eval_shape(optimizer.init, params).masks["kernel"].shape
+      (1, 8)
     """
     return dst(
         inner,
@@ -178,6 +185,13 @@ def mest(
       ValueError: as `dst`; a density that is no share.
 
     Source: Yuan et al., NeurIPS 2021, arXiv 2110.14032.
+
+    Example:
+      >>> from odjax.sparse.plans import uniform
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> optimizer = mest(optax.sgd(0.1), uniform(params, 0.75), key=jax.random.key(0), end=750, lower=0.2)
+      >>> jax.eval_shape(optimizer.init, params).masks["kernel"].shape
+      (1, 8)
     """
     for name, value in (("lower", lower), ("upper", upper)):
         if isinstance(value, int | float) and not 0 < value <= 1:
@@ -243,6 +257,13 @@ def gmp(
       ValueError: as `dst` and `cubic`.
 
     Source: Zhu and Gupta 2017, arXiv 1710.01878.
+
+    Example:
+      >>> from odjax.sparse.plans import uniform
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> optimizer = gmp(optax.adam(1e-3), uniform(params, 0.75), key=jax.random.key(0), end=750)
+      >>> jax.eval_shape(optimizer.init, params).masks["kernel"].shape
+      (1, 8)
     """
     return dst(
         inner,
@@ -295,6 +316,13 @@ def granet(
       ValueError: as `dst`, `cubic` and `cosine`.
 
     Source: Liu et al., NeurIPS 2021, arXiv 2106.10404.
+
+    Example:
+      >>> from odjax.sparse.plans import uniform
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> optimizer = granet(optax.adam(1e-3), uniform(params, 0.75), key=jax.random.key(0), end=750)
+      >>> jax.eval_shape(optimizer.init, params).masks["kernel"].shape
+      (1, 8)
     """
     return dst(
         inner,

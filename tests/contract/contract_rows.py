@@ -185,6 +185,39 @@ def _adapt(method: str) -> Callable[[], Any]:
     return build
 
 
+def _sparse(method: str, **options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax import sparse
+
+        def make(plan):
+            inner = lenient(optax.adam(0.1))
+            return getattr(sparse, method)(inner, plan, key=KEY, interval=2, end=8, **options)
+
+        return sparse.planned(make, lambda params: sparse.uniform(params, 0.5))
+
+    return build
+
+
+def _masks_of(name: str) -> Callable[[], Any]:
+    """Functions of masks and weights, by name."""
+
+    def build():
+        from odjax import sparse
+
+        w, plan = jax.random.normal(KEY, (16, 8)), {"w": sparse.LeafPlan((16, 8), 37)}
+        field = sparse.brf_mask(jax.random.key(1), 16, 8, 0.3, 0.25)
+        return {
+            "ch_scores": (lambda x: sparse.ch_scores(x > 0.5), (w,)),
+            "path_scores": (lambda x: sparse.path_scores(x > 0.5, max_links=128), (w,)),
+            "brf_mask": (lambda x: sparse.apply_masks({"w": x}, {"w": field}), (w,)),
+            "csti_mask": (lambda x: sparse.csti_mask(x, (8, 16), 0.3), (w,)),
+            "snip_masks": (lambda x: sparse.snip_masks({"w": x}, {"w": x}, plan), (w,)),
+            "ste": (lambda x: sparse.ste({"w": x}, plan), (w,)),
+        }[name]
+
+    return build
+
+
 ROWS: tuple[Row, ...] = (
     Row("odjax.core.edits.as_transform", "transform", _edited(optax.sgd(0.1, momentum=0.9)), "momentum"),
     Row("odjax.core.edits.as_transform", "transform", _edited(optax.adamw(0.1)), "adamw"),
@@ -192,6 +225,14 @@ ROWS: tuple[Row, ...] = (
     Row(
         "odjax.lowrank.gradient.rac_lora", "transform", _rac_lora(side="left", law="coordinate"), "coordinate"
     ),
+    Row("odjax.sparse.methods.rigl", "transform", _sparse("rigl")),
+    Row("odjax.sparse.cannistraci_hebb.chts", "transform", _sparse("chts")),
+    Row("odjax.sparse.link_prediction.ch_scores", "function", _masks_of("ch_scores")),
+    Row("odjax.sparse.path_scores.path_scores", "function", _masks_of("path_scores")),
+    Row("odjax.sparse.topology.brf_mask", "function", _masks_of("brf_mask")),
+    Row("odjax.sparse.topology.csti_mask", "function", _masks_of("csti_mask")),
+    Row("odjax.sparse.methods.snip_masks", "function", _masks_of("snip_masks")),
+    Row("odjax.sparse.methods.ste", "function", _masks_of("ste")),
     *(Row("odjax.lowrank.adapt.adapt", "adapter", _adapt(method), method) for method in LOW_RANK),
     Row("odjax.continual.shrink_perturb.shrink_perturb", "edit", _shrink_perturb()),
     Row("odjax.continual.shrink_perturb.shrink_perturb", "edit", _shrink_perturb(where="body/.*"), "where"),

@@ -465,6 +465,14 @@ def test_bad_parameters_and_scores_are_named():
         flat.update(PARAMS, flat.init(PARAMS), PARAMS)
 
 
+def test_a_state_that_is_donated_takes_nothing_of_the_caller_with_it():
+    key, mask = jax.random.key(5), jnp.arange(48).reshape(8, 6) < 12
+    tx = engine(key=key, masks={PATH: mask})
+    jax.jit(lambda state: state, donate_argnums=0)(tx.init(PARAMS))
+    assert not any(x.is_deleted() for x in (jax.random.key_data(key), mask))
+    tx.init(PARAMS)
+
+
 def test_given_masks_may_be_drawn_by_a_function():
     def diagonal(key, leaf, count):
         assert count == leaf.links

@@ -283,24 +283,29 @@ def digits_table(
 
 def _digits_claims(quick: bool) -> list[Claim]:
     names = ("hard and top", "CHTs") if quick else ("static", "SET", "RigL", "hard and top", "CHTs")
-    seeds = 4 if quick else 16
+    # Single seeds scatter by two points: few of them tell overlaps apart, but not accuracies.
+    seeds = 2 if quick else 16
     found = digits_table(names, seeds)
     shown = ", ".join(f"{name} {value:.2f} %" for name, (value, _) in found.items())
     soft, hard = found["CHTs"], found["hard and top"]
-    return [
+    claims = [
         Claim(
-            "Soft rules beat deterministic ones on digits at 98 % sparsity.",
-            f"CHTs - hard and top at least 0 points, means of {seeds} seeds",
-            f"{soft[0] - hard[0]:+.2f} points ({shown})",
-            soft[0] >= hard[0],
-        ),
-        Claim(
-            "Deterministic rules take back what they removed, soft ones explore.",
+            "Deterministic rules take back what they removed, soft ones explore (digits, 98 % sparsity).",
             "share of new links that had just been removed: above 0.6 and below 0.4",
             f"{hard[1]:.2f} and {soft[1]:.2f}",
             hard[1] > 0.6 and soft[1] < 0.4,
-        ),
+        )
     ]
+    if not quick:
+        claims.append(
+            Claim(
+                "Soft rules beat deterministic ones on digits at 98 % sparsity.",
+                f"CHTs - hard and top at least 0 points, means of {seeds} seeds",
+                f"{soft[0] - hard[0]:+.2f} points ({shown})",
+                soft[0] >= hard[0],
+            )
+        )
+    return claims
 
 
 def _mnist_claims(
