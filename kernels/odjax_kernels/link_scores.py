@@ -39,6 +39,7 @@ PREDICTORS: dict[str, NodeWeight] = {
 _LANES = 128
 _LARGEST_SIDE = 1 << 16  # the sums of 8-bit digits stay integers that float32 holds
 _DIGITS = (16, 8, 0)
+_WEIGHTS_BYTES = 1 << 25  # of VMEM for a block of M, where a block of 256 rows or 128 columns fits
 
 
 def _node_weights(common: jax.Array, degrees: jax.Array, weight: NodeWeight) -> jax.Array:
@@ -223,7 +224,7 @@ def _scores(
 ) -> jax.Array:
     """Of words in whole groups and whole chunks of lanes."""
     high, wide = words.shape
-    rows = 2 * GROUP if high % (2 * WORDS) == 0 else GROUP
+    rows = 2 * GROUP if high % (2 * WORDS) == 0 and 8 * GROUP * high * 32 <= _WEIGHTS_BYTES else GROUP
     own_high = rows // 32
     tall = high * 32
     row_blocks, column_blocks = tall // rows, wide // lanes
@@ -300,6 +301,8 @@ def _link_scores(
     each = min(WORDS, words.shape[-2])
     if lanes is None:
         lanes = min(4 * _LANES, -(-m // _LANES) * _LANES)
+        while lanes % (2 * _LANES) == 0 and 4 * lanes * m > _WEIGHTS_BYTES:
+            lanes //= 2
 
     def one(words: jax.Array) -> jax.Array:
         # Words of links that are not there: nodes without links change no score.
@@ -329,7 +332,7 @@ def link_scores(
     | memory   | link_scores                     | plain form                               |
     |----------|---------------------------------|------------------------------------------|
     | HBM      | n m / 8 + 4 n m bytes           | n^2 + m^2 numbers more                   |
-    | VMEM     | 512 (4 max + 2 min(n, m)) bytes |                                          |
+    | VMEM     | up to 3072 max(n, m) bytes      |                                          |
 
     Args:
       words: uint32 [..., words, m], in the layout of `odjax_kernels.packing`; leading axes are layers, done
@@ -338,7 +341,7 @@ def link_scores(
       predictor: a key of `PREDICTORS`, or f(i, e) itself (float32 arrays, at least 2^-60 where i >= 1).
       exact: node weights in fixed point, 24 bits below the largest of a row (a column): three products for
         one. False: weights rounded to bfloat16.
-      lanes: columns in a block, a multiple of 128. None: up to 512.
+      lanes: columns in a block, a multiple of 128. None: up to 512, fewer where VMEM would not do.
       interpret: run as plain operations, on any platform.
 
     Returns:
