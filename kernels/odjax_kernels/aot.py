@@ -32,9 +32,6 @@ Case = tuple[str, Callable[..., Any], tuple[Any, ...]]
 """(name, function, arguments as a tuple of trees of `jax.ShapeDtypeStruct`)."""
 
 
-_ADDRESS = re.compile(r"\s*(?:0x)?([0-9a-f]+)\s+([A-Z]{2})?\s*:\s*(>*) ")
-
-
 class Schedule(NamedTuple):
     """Instruction words of a Pallas kernel, of which one is issued in a cycle.
 
@@ -115,43 +112,32 @@ def _cycles(hlo: str) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
     return total(entry), tuple(map(total, bodies)), tuple(sorted(without))
 
 
-def _branches(listing: str) -> tuple[int, ...]:
-    """Sizes of the conditional parts of a schedule that hold no other one.
+def _regions(listing: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of a schedule's conditional parts that hold no other, and of its loops' bodies inside the grid's.
 
-    A conditional jump names the region behind the part that it passes over.
+    A jump on a condition names the region behind the part that it passes over; one on its negation closes the
+    loop that began last, with the mark LB. Both come in the order of their starts.
     """
-    ends, jumps, here = {}, [], 0
+    ends, jumps, starts, back, here = {}, [], [], [], 0
     for line in listing.splitlines():
-        if head := _ADDRESS.match(line):
+        if head := re.match(r"\s*(?:0x)?([0-9a-f]+)\s+([A-Z]{2})?\s*: ", line):
             here = int(head[1], 16)
-            jumps += [(here, int(n)) for n in re.findall(r"sbr\.rel \(!?%\w+\) target = \$region(\d+)", line)]
+            starts += [here] if head[2] == "LB" else []
+            jumps += [(here, int(n)) for n in re.findall(r"sbr\.rel \(%\w+\) target = \$region(\d+)", line)]
+            back += [here] if "sbr.rel (!%" in line else []
         ends |= {int(n): here for n in re.findall(r"End region (\d+)", line)}
     parts = [(start, ends[n - 1]) for start, n in jumps if ends.get(n - 1, 0) > start]
-    return tuple(
+    branches = [
         end - start
         for start, end in parts
         if not any(start < other and last <= end for other, last in parts if (other, last) != (start, end))
-    )
-
-
-def _loops(listing: str) -> tuple[int, ...]:
-    """Sizes of the bodies of a schedule's loops inside that over its grid, in the order of their starts.
-
-    A body begins with the mark LB at its depth (the number of >) and ends with a jump back at this depth.
-    """
-    found, open_at = {}, {}
-    for line in listing.splitlines():
-        head = _ADDRESS.match(line)
-        if not head:
-            continue
-        here, depth = int(head[1], 16), len(head[3])
-        if head[2] == "LB":
-            open_at[depth] = here
-        if depth in open_at and re.search(r"sbr\.rel \(!%", line):
-            start = open_at.pop(depth)
-            if depth > 1:
-                found[start] = here - start
-    return tuple(found[start] for start in sorted(found))
+    ]
+    loops = {}
+    for end in back:
+        begun = [start for start in starts if start < end and start not in loops]
+        if begun:
+            loops[begun[-1]] = end - begun[-1]
+    return tuple(branches), tuple(loops[start] for start in sorted(loops) if start != starts[0])
 
 
 def _schedules(folder: pathlib.Path, before: set[str]) -> dict[str, Schedule]:
@@ -172,7 +158,7 @@ def _schedules(folder: pathlib.Path, before: set[str]) -> dict[str, Schedule]:
                 f for f in folder.glob(f"{stamp}-*-final_bundles.txt") if "schedule-analysis" not in f.name
             ]
             listing = files[0].read_text(errors="replace") if files else ""
-            found[kernel] = Schedule(int(total[1]), _branches(listing), _loops(listing))
+            found[kernel] = Schedule(int(total[1]), *_regions(listing))
     return found
 
 

@@ -125,7 +125,7 @@ def masked_weight_gradient_pallas(
     (m, k), n = x.shape, dy.shape[1]
     words = _in_groups(words, k)
     if block is None:
-        block = (_tile(m, 4096 // x.dtype.itemsize, _LANES), _tile(k, 512, GROUP), _tile(n, 512, _LANES))
+        block = (_tile(m, 4096 // x.dtype.itemsize, _LANES), _tile(k, 1024, GROUP), _tile(n, 512, _LANES))
     bm, bk, bn = block
     size = x.dtype.itemsize
     held = 2 * bm * (bk + bn) * size + bk * bn * (4 + 4 + 2 * jnp.dtype(dtype).itemsize)

@@ -21,7 +21,7 @@ PF: predicated region fallthrough
    0x2   : > { %s1 = smov 0 }
    0x3   : > { %243 = sbr.rel (%p2) target = $region40 }
    0xd   : > { %s2 = smov 0 } /* End region 39 */
-   0xe PF: > { %244 = sbr.rel (!%p3) target = $region44 }
+   0xe PF: > { %244 = sbr.rel (%p3) target = $region44 }
   0x1e   : > { %s3 = smov 0 } /* End region 43 :: End region 42 */
   0x1f PF: > { %s4 = smov 0 } /* End region 27 */
   0x20   : > { %20 = sbr.rel (!%p4) target = $region3 }
@@ -77,7 +77,7 @@ def test_cases_lower_for_tpu_without_its_compiler():
 
 def test_the_sizes_of_branches_are_read_from_a_schedule():
     # The part behind $region28 holds the two others; the jump back to $region3 closes the loop.
-    assert aot._branches(SCHEDULE) == (0xD - 0x3, 0x1E - 0xE)
+    assert aot._regions(SCHEDULE) == ((0xD - 0x3, 0x1E - 0xE), ())
 
 
 def test_the_sizes_of_inner_loops_are_read_from_a_schedule():
@@ -89,7 +89,7 @@ def test_the_sizes_of_inner_loops_are_read_from_a_schedule():
    0x15   : >> { %6 = sbr.rel (!%p2) target = $region2 }
    0x20   : > { %7 = sbr.rel (!%p3) target = $region3 }
 """
-    assert aot._loops(schedule) == (0x15 - 0x2, 0x9 - 0x5)
+    assert aot._regions(schedule) == ((), (0x15 - 0x2, 0x9 - 0x5))
 
 
 def test_estimates_are_summed_and_what_has_none_is_named():
