@@ -3,17 +3,21 @@
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
 from odjax.core import leaves_with_paths, partition
 from odjax.lowrank import Adapted
 from odjax_train.config import load
+from odjax_train.program import packed_masks
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
-@pytest.mark.parametrize("name", ["lm_stdlib", "lm_rac_lora", "vit_digits", "mlp_digits"])
+@pytest.mark.parametrize(
+    "name", ["lm_stdlib", "lm_rac_lora", "vit_digits", "mlp_digits", "mlp_digits_sparse"]
+)
 def test_a_configuration_builds_with_its_defaults(name, program_of):
     program = program_of(load(CONFIGS / f"{name}.py").experiment(), 1, 1, 1)
     assert program.state.step.shape == ()
@@ -55,3 +59,34 @@ def test_the_configuration_for_llama_weights_builds(tmp_path):
     params = jax.eval_shape(experiment.model.init, jax.random.key(0), tokens)["params"]
     dtypes = {path.rpartition("/")[2]: leaf.dtype for path, leaf in leaves_with_paths(params)}
     assert (dtypes["kernel"], dtypes["lora_a"]) == ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    ("method", "edits"), [("dense", 0), ("static", 0), ("rigl", 0), ("granet", 0), ("cht", 1), ("chtss", 1)]
+)
+def test_every_sparse_method_is_a_flag(method, edits, program_of):
+    config = load(CONFIGS / "mlp_digits_sparse.py", {"method": method, "width": 32})
+    experiment = config.experiment()
+    assert len(experiment.edits) == edits
+    program = program_of(experiment, 1, 1, 1)
+    assert bool(packed_masks(program.state.opt_state)) == (method != "dense")
+
+
+def test_a_sparse_run_starts_without_absent_links(program_of):
+    program = program_of(load(CONFIGS / "mlp_digits_sparse.py", {"width": 32}).experiment(), 1, 1, 1)
+    with program.context():
+        state = program.init()
+    kernel = np.asarray(state.params["dense_0"]["kernel"])
+    assert (kernel != 0).sum() == -(-64 * 32 // 10)
+
+
+def test_the_sparse_llama_builds_with_its_links_over_the_mesh(program_of):
+    flags = {"tokenizer": "byte", "source": "pydoc", "batch": 8, "percolation": True, "divide_scores": True}
+    experiment = load(CONFIGS / "llama_60m_chts.py", flags).experiment()
+    program = program_of(experiment, 1, 4, 2)
+    words = packed_masks(program.state.opt_state)
+    assert len(words) == 7
+    up = "layers/mlp/up/kernel"
+    assert words[up].shape == (8, 16, 1376)
+    assert packed_masks(program.shardings.opt_state)[up].shard_shape(words[up].shape) == (8, 16, 688)
+    assert experiment.edits[0].every == 100

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from odjax.core import Edit, combine, fold_path, fold_step, partition, run_edit
+from odjax.sparse import DstState, apply_masks
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
 from odjax_train.mesh import (
@@ -95,14 +96,39 @@ class Program:
 
         def restart(state: TrainState, params: Any) -> TrainState:
             free, _ = partition(params, experiment.trainable)
-            ema = None if experiment.ema is None else _float32(free)
-            return state._replace(params=params, opt_state=experiment.optimizer.init(free), ema=ema)
+            opt_state = experiment.optimizer.init(free)
+            params = _linked(params, opt_state)
+            ema = None if experiment.ema is None else _float32(partition(params, experiment.trainable)[0])
+            return state._replace(params=params, opt_state=opt_state, ema=ema)
 
         return jax.jit(restart, out_shardings=self.shardings, donate_argnums=0)(state, params)
 
     def evaluated(self, state: TrainState) -> Any:
         """The parameters that are judged: the average where there is one."""
         return _averaged(self.experiment, state.params, state.ema)
+
+
+def packed_masks(opt_state: Any) -> dict[str, Any]:
+    """The packed masks in an optimizer's state, wherever it holds a `DstState`.
+
+    Args:
+        opt_state: of any optimizer; arrays or their shapes.
+
+    Returns:
+        path of the parameter -> words; empty when nothing is sparse.
+    """
+    found: dict[str, Any] = {}
+    states = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, DstState))
+    for state in states:
+        if isinstance(state, DstState):
+            found |= {**packed_masks(state.inner), **state.masks}
+    return found
+
+
+def _linked(params: Any, opt_state: Any) -> Any:
+    """The parameters with zeros where a sparse optimizer has no links, for the first step too."""
+    masks = packed_masks(opt_state)
+    return apply_masks(params, masks) if masks else params
 
 
 def _float32(tree: Any) -> Any:
@@ -208,12 +234,14 @@ def _init(experiment: Experiment, batch: dict[str, jax.ShapeDtypeStruct]) -> Cal
         example = {name: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
         collections = dict(experiment.model.init(fold_path(key, "init"), *experiment.task.inputs(example)))
         params = collections.pop("params", {})
+        opt_state = experiment.optimizer.init(partition(nn.unbox(params), experiment.trainable)[0])
+        params = _linked(params, opt_state)
         free, _ = partition(nn.unbox(params), experiment.trainable)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(key),
             params=params,
-            opt_state=experiment.optimizer.init(free),
+            opt_state=opt_state,
             collections=collections,
             ema=None if experiment.ema is None else _float32(free),
         )

@@ -21,35 +21,17 @@ from jax.experimental import multihost_utils
 from odjax.core import leaves_with_paths
 from odjax.core.matrices import MatrixView, view_of
 from odjax.core.paths import is_stacked
-from odjax.sparse.engine import DstState
 from odjax.sparse.masks import unpack
 from odjax.sparse.report import Degrees, degrees, leaf_report, observe_links
 from odjax_train.distributed import as_main, is_main
 from odjax_train.mesh import replicated
 from odjax_train.metrics import Recorder
-from odjax_train.program import Program, TrainState
+from odjax_train.program import Program, TrainState, packed_masks
 from odjax_train.run_folder import write_text
 from odjax_train.topology_page import FILE, read
 
 Words = dict[str, np.ndarray]
 NPZ = "topology.npz"
-
-
-def packed_masks(opt_state: Any) -> dict[str, Any]:
-    """The packed masks in an optimizer's state, wherever it holds a `DstState`.
-
-    Args:
-        opt_state: of any optimizer; arrays or their shapes.
-
-    Returns:
-        path of the parameter -> words; empty when nothing is sparse.
-    """
-    found: dict[str, Any] = {}
-    states = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, DstState))
-    for state in states:
-        if isinstance(state, DstState):
-            found |= {**packed_masks(state.inner), **state.masks}
-    return found
 
 
 class Topology:
