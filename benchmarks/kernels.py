@@ -92,7 +92,7 @@ def scores(n: int, m: int) -> list[Row]:
     row_blocks, column_blocks = -(-n // 512), -(-m // lanes)
 
     def half(schedule: aot.Schedule, own: int, other: int) -> float:
-        # One block of the own side: unpack it, compare it with all of its side, multiply it by the other side.
+        # Each block of the own side is unpacked, compared with all of its side, multiplied by the other.
         trips = (other, other, own)
         unpacked, compared, multiplied = (
             part + (times - 1) * loop
