@@ -45,7 +45,9 @@ class Tree(nn.Module):
 
 
 def _table(seed):
-    return 2 * np.random.default_rng(seed).normal(size=(ROWS, NODES, TREE_VOCAB)).astype(np.float32)
+    table = np.random.default_rng(seed).normal(size=(ROWS, NODES, TREE_VOCAB))
+    table[..., EOS] -= 1  # long sequences
+    return table.astype(np.float32)
 
 
 def _next(table, tokens):
