@@ -15,37 +15,19 @@ with `odjax_train.run.reopen` and `odjax_train.translations.judge_translations`.
 """
 
 import os
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from odjax.models import encoder_decoder
-from odjax.sparse import (
-    PER_HEAD,
-    brf_mask,
-    bsw_mask,
-    cht,
-    chts,
-    chtss,
-    drawn,
-    erk,
-    gmp,
-    granet,
-    rigl,
-    set_,
-    static,
-    topology_edit,
-    uniform,
-    wiring_of,
-)
 from odjax.sparse.schedules import rewarm as rewarmed
 from odjax_train import Experiment, translation
 from odjax_train.data import BpeTokenizer, Pairs
 from odjax_train.schedules import noam
+from odjax_train.sparse import Degrees, Distribution, Method, Predictor, Topology, moves, sparse_optimizer
 
 DATA = Path(os.environ.get("ODJAX_DATA_DIR", ".")) / "multi30k"
 WHERE = r"(encoder|decoder)/.*/kernel"
@@ -70,13 +52,9 @@ SIZES = {
     "small": Size("multi30k-small", 4000, 32, 1500, 50, 1.0, 300, 10),
 }
 
-# Which look at no gradient: their changes of links are compiled apart from the step.
-GRADIENT_FREE = ("set", "cht", "chts", "chtss")
-HEBB = ("cht", "chts", "chtss")
-
 
 def experiment(
-    method: Literal["dense", "static", "set", "rigl", "gmp", "granet", "cht", "chts", "chtss"] = "chtss",
+    method: Method = "chtss",
     size: Literal["full", "small"] = "full",
     data: Path = DATA,
     direction: Literal["de-en", "en-de"] = "de-en",
@@ -86,18 +64,19 @@ def experiment(
     vocab: int | None = None,
     sparsity: float = 0.9,
     where: str = WHERE,
-    distribution: Literal["uniform", "erk"] = "uniform",
+    distribution: Distribution = "uniform",
     per_head: bool = False,
-    topology: Literal["brf", "bsw", "er"] | None = None,
+    topology: Topology | None = None,
     r: float = 0.25,
-    degrees: Literal["fixed", "uniform", "poisson"] = "fixed",
+    degrees: Degrees = "fixed",
     interval: int | None = None,
     end: float = 0.75,
     zeta: float = 0.3,
     density: float = 0.5,
     decay: Literal["sigmoid", "cubic"] = "sigmoid",
     decay_end: float = 1.0,
-    predictor: Literal["CH2_L3n", "CH3_L3n", "CH3.1_L3n", "CH2_L3p", "CH3_L3p", "CH3.1_L3p"] | None = None,
+    across: bool = False,
+    predictor: Predictor | None = None,
     removal: Literal["soft", "hard"] | None = None,
     regrowth: Literal["soft", "top"] | None = None,
     alpha: float = 1.0,
@@ -144,6 +123,7 @@ def experiment(
         decay: how the density falls, of chtss.
         decay_end: share of the time up to `end` in which chtss comes to its density; 0.5 costs as much as
             granet.
+        across: whether the density falls by the scores of all kernels together.
         predictor: of new links; None: CH2_L3n for chts and chtss, CH3_L3p for cht.
         removal: whether links that stay are drawn (soft) or ranked (hard); None: the method's.
         regrowth: whether new links are drawn (soft) or ranked (top); None: the method's.
@@ -189,52 +169,39 @@ def experiment(
         attention=attention,
         scan=scan,
     )
-    moves = method not in ("dense", "static")
     rate = noam(model.width, chosen.factor, chosen.warmup)
-    if moves and chosen.rewarm:
+    if moves(method) and chosen.rewarm:
         rate = rewarmed(rate, chosen.interval, chosen.rewarm)
-    optimizer = optax.adam(rate, b2=0.998, eps=1e-9)
     last = int(end * chosen.steps)
-    by_edit = method in GRADIENT_FREE and not skip_step
-    edits = ()
-    if method != "dense":
-        tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        params = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
-        spread = uniform if distribution == "uniform" else erk
-        plan = spread(params, sparsity, where=where, per_head=PER_HEAD if per_head else None)
-        kind = topology or ("brf" if method in HEBB else "er")
-        fields = {"brf": partial(brf_mask, r=r, degrees=degrees), "bsw": partial(bsw_mask, beta=r)}
-        options: dict[str, Any] = {"masks": drawn(fields[kind]) if kind in fields else None}
-        if moves:
-            options |= {"interval": chosen.interval, "end": last}
-            options["init_new"] = "history" if history else "zero"
-            options |= {"by_edit": True} if by_edit else {"skip_step": skip_step}
-        if method in HEBB:
-            rules = {"predictor": predictor, "removal_rule": removal, "regrowth_rule": regrowth}
-            options |= {name: rule for name, rule in rules.items() if rule is not None}
-            options |= {"alpha": alpha, "wiring": wiring_of(model) if percolation else None}
-            if method != "cht":
-                options["temperature"] = temperature
-        if method == "chtss":
-            decayed = max(1, int(decay_end * last))
-            options |= {"density": density, "decay": decay, "decay_end": decayed}
-        if method in ("granet", "gmp"):
-            options["density"] = density
-        if moves and method != "gmp":
-            options["zeta"] = zeta
-        methods = {
-            "static": static,
-            "set": set_,
-            "rigl": rigl,
-            "gmp": gmp,
-            "granet": granet,
-            "cht": cht,
-            "chts": chts,
-            "chtss": chtss,
-        }
-        optimizer = methods[method](optimizer, plan, key=jax.random.key(seed), **options)
-        if by_edit:
-            edits = (topology_edit(optimizer, every=chosen.interval, end=last),)
+    optimizer, edits = sparse_optimizer(
+        method,
+        optax.adam(rate, b2=0.998, eps=1e-9),
+        model,
+        2 * [jax.ShapeDtypeStruct((1, 2), jnp.int32)],
+        sparsity=sparsity,
+        where=where,
+        end=last,
+        interval=chosen.interval,
+        distribution=distribution,
+        per_head=per_head,
+        topology=topology,
+        r=r,
+        degrees=degrees,
+        zeta=zeta,
+        density=density,
+        decay=decay,
+        decay_end=max(1, int(decay_end * last)),
+        across=across,
+        predictor=predictor,
+        removal=removal,
+        regrowth=regrowth,
+        alpha=alpha,
+        temperature=temperature,
+        percolation=percolation,
+        history=history,
+        skip_step=skip_step,
+        seed=seed,
+    )
     return Experiment(
         model=model,
         task=translation(label_smoothing=label_smoothing),
