@@ -222,6 +222,8 @@ def chts(
             matrix_of(leaf)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from None
+    if isinstance(zeta, int | float) and not 0 <= zeta <= 1:
+        raise ValueError(f"zeta must be between 0 and 1, got {zeta!r}")
     if adaptive_zeta and not callable(zeta):
         zeta = cosine(zeta, _needs_end("adaptive_zeta=True", end))
     if isinstance(temperature, tuple):

@@ -117,8 +117,12 @@ class Rewiring:
         if self.grow is None:
             return kept, before
         new, overlaps = {}, {}
+        done: jax.Array | None = None
         for path, leaf in self.plan.items():
             layer, stays = layers[path], leaf.graphs(kept[path])
+            if done is not None:
+                # One leaf after the other: scores and communities take the memory of one.
+                stays, _ = jax.lax.optimization_barrier((stays, done))
             live = jnp.where(stays, layer.w, jnp.zeros_like(layer.w))
             layer = layer._replace(w=live, mask=stays, count=goal[path] - _links(leaf, stays))
             scores = _scored(self.grow, path, layer, 1)
@@ -130,7 +134,7 @@ class Rewiring:
                 stopped = before[path] > jnp.float32(self.early_stop)
                 grown = jnp.where(_wide(stopped, grown), leaf.graphs(old[path]), grown)
                 overlap = jnp.where(stopped, before[path], overlap)
-            new[path], overlaps[path] = leaf.leaf(grown), overlap
+            new[path], overlaps[path], done = leaf.leaf(grown), overlap, grown
         return new, overlaps
 
     def _pruned_across(self, layers: dict[str, Layer], goal: dict[str, jax.Array]) -> dict[str, Layer]:
