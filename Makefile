@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: train compare test interop lint format report methods clean
+.PHONY: train compare test interop aot lint format report methods clean
 
 train: $(READY)  ## a language model learns the Python standard library, then RAC-LoRA adapts it to English prose
 	$(BIN)/odjax train configs/lm_stdlib.py
@@ -24,6 +24,11 @@ test: $(READY)  ## everything: lint, doctests, properties, sharding, resume
 interop: $(READY)  ## exchange with PyTorch, PEFT and transformers, and real weights (installs them)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,interop]'
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope tests/io tests/models/test_bert.py
+
+aot: $(READY)  ## kernels compiled for TPU chips, ahead of time (installs the TPU compiler, in an environment of its own)
+	$(PYTHON) -m venv $(VENV)-aot
+	$(VENV)-aot/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,aot]'
+	$(VENV)-aot/bin/python -m pytest tests/kernels/test_aot.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,4 +52,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:  ## removes the environment; runs/ stays
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-aot

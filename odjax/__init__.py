@@ -1,7 +1,7 @@
 """odjax: on-device and parameter-efficient learning as small, pure, composable JAX pieces.
 
 The public API in one screen; names are loaded when they are first used. The families are submodules:
-`odjax.continual`, `odjax.lowrank`, `odjax.models`, ...; `odjax.io` exchanges weights and adapters.
+`odjax.lowrank`, `odjax.sparse`, `odjax.models`, ...; `odjax.io` exchanges weights and adapters.
 """
 
 import importlib
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from odjax.core.trees import partition as partition
     from odjax.lowrank.gradient import rac_lora as rac_lora
     from odjax.registry import METHODS as METHODS
+    from odjax.sparse.cannistraci_hebb import chts as chts
+    from odjax.sparse.cannistraci_hebb import chtss as chtss
 
 _FAMILIES = ("continual", "core", "io", "lowrank", "models", "registry", "sparse")
 _HOME = {
@@ -64,6 +66,7 @@ _HOME = {
     "odjax.core.trees": ("combine", "differences", "partition"),
     "odjax.lowrank.gradient": ("rac_lora",),
     "odjax.registry": ("METHODS",),
+    "odjax.sparse.cannistraci_hebb": ("chts", "chtss"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

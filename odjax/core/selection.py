@@ -67,11 +67,15 @@ def _largest_threshold(
 ) -> jax.Array:
     """The largest t of `width` bits with at least k valid keys >= t (0 when there are fewer)."""
     kind = keys.dtype.type
-    axes = tuple(range(1, keys.ndim + 1))
+    axes = tuple(range(keys.ndim))
+
+    def count(candidate: jax.Array) -> jax.Array:
+        hits = keys >= candidate
+        return _count(hits if valid is None else hits & valid, axes)
 
     def counts(candidates: jax.Array) -> jax.Array:
-        hits = keys[None] >= candidates.reshape((-1,) + (1,) * keys.ndim)
-        return _count(hits if valid is None else hits & valid[None], axes)
+        # One sum each, which XLA fuses into one pass; a broadcast over the candidates it does not (TPU).
+        return jnp.stack([count(candidates[i]) for i in range(candidates.size)])
 
     def refine(t: jax.Array, shift: jax.Array, digits: int) -> jax.Array:
         steps = jnp.arange(1, digits, dtype=keys.dtype) << shift

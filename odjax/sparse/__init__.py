@@ -4,6 +4,11 @@
 drop and grow rules on it. Link prediction, percolation and topologies of the start are functions of masks.
 """
 
+from odjax.sparse.block_sparse import BlockSparse as BlockSparse
+from odjax.sparse.block_sparse import block_density as block_density
+from odjax.sparse.block_sparse import bs_matmul as bs_matmul
+from odjax.sparse.block_sparse import from_block_sparse as from_block_sparse
+from odjax.sparse.block_sparse import to_block_sparse as to_block_sparse
 from odjax.sparse.cannistraci_hebb import cht as cht
 from odjax.sparse.cannistraci_hebb import chts as chts
 from odjax.sparse.cannistraci_hebb import chtss as chtss

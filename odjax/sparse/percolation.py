@@ -16,12 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from odjax.core.paths import leaves_with_paths, map_with_path
-from odjax.sparse.wiring import Ends as Ends
-from odjax.sparse.wiring import Junction as Junction
-from odjax.sparse.wiring import Wiring as Wiring
-from odjax.sparse.wiring import check_wiring, linked, over_leaf
-from odjax.sparse.wiring import restrict_wiring as restrict_wiring
-from odjax.sparse.wiring import wiring_of as wiring_of
+from odjax.sparse.wiring import Junction, Wiring, check_wiring, linked, over_leaf
 
 
 def percolate(masks: Any, wiring: Wiring) -> Any:

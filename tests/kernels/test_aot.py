@@ -60,7 +60,10 @@ def test_a_case_that_ends_the_compilers_process_is_reported_and_the_others_go_on
 
 def test_every_kernel_has_a_case():
     names = " ".join(name for file in FILES for name, *_ in aot.load_cases(file))
-    for kernel in ("masked_weight_gradient", "block_matmul", "block_gradient"):
+    for kernel in (
+        *("masked_weight_gradient", "block_matmul", "block_gradient"),
+        *("link_scores", "gumbel_threshold_mask"),
+    ):
         assert kernel in names
 
 
