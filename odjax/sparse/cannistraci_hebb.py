@@ -190,7 +190,7 @@ def chts(
         0, at `end`) with a straight line between, or a schedule.
       regrowth_rule: "soft" or "top", see `regrowth`.
       wiring: which layers meet in which neurons (`wiring_of(model)`): links of dead neurons go, too. None: no
-        percolation.
+        percolation. Leaves with N:M, blocks or channels count as dense here.
       row_block: see `regrowth`.
       exact: see `regrowth`.
       axes: see `regrowth`.
@@ -230,7 +230,8 @@ def chts(
         first, last = temperature
         temperature = optax.linear_schedule(first, last, _needs_end(f"temperature={temperature}", end))
     if wiring is not None:
-        restricted = restrict_wiring(wiring, plan)
+        free = [path for path, leaf in plan.items() if leaf.structure is None]
+        restricted = restrict_wiring(wiring, dict.fromkeys(free, True))
         options["percolate"] = functools.partial(percolate, wiring=restricted) if restricted else None
     bound = None if "density" in options else max((leaf.links for leaf in plan.values()), default=None)
     return dst(

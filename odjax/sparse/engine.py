@@ -127,7 +127,8 @@ def dst(
       end: the last one; None for no limit.
       skip_step: the update that changes links takes no optimizer step (the inner count stays, too). None:
         so it is, unless an `Edit` changes links, which comes after the step.
-      percolate: {path: bool mask} -> the same with fewer links; after the drop, before the growth.
+      percolate: {path: bool mask} -> the same with fewer links; after the drop, before the growth. It must
+        leave the groups and blocks of structured leaves whole.
       early_stop: a layer whose grown links had just been dropped in more than this share is left alone from
         then on. None: never. `DstState.overlap` has the share.
       init_new: a new link starts at "zero", or from "history", its last value while it was there (one more
@@ -184,8 +185,6 @@ def dst(
     if drop is None and grow is not None:
         raise ValueError("grow without drop never changes a link: give drop a score, such as the magnitude")
     structured = any(leaf.structure is not None for leaf in plan.values())
-    if percolate is not None and structured:
-        raise ValueError("percolate breaks groups and blocks: use it with unstructured plans only")
     if across and (density is None or structured):
         raise ValueError(
             "across=True is for pruning: it needs a density that falls, and plans without structure"

@@ -309,7 +309,8 @@ def test_groups_and_blocks_take_the_same_rules(structure):
     plan = uniform(
         PARAMS, None if isinstance(structure, NM) else 0.5, where="dense_1/kernel", structure=structure
     )
-    found = run(chts(sgd(), plan, key=KEY, end=6, interval=2, zeta=0.5), 6)
+    plan |= uniform(PARAMS, 0.75, where="dense_0/kernel")
+    found = run(chts(sgd(), plan, key=KEY, end=6, interval=2, zeta=0.5, wiring=WIRING), 6)
     moved = 0
     for (_, before), (_, after) in itertools.pairwise(found):
         old, new = masks_of(before, plan)["dense_1/kernel"], masks_of(after, plan)["dense_1/kernel"]

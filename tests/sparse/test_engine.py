@@ -441,10 +441,6 @@ WRONG = jnp.zeros((8, 6), bool)
             {"masks": {"w": WRONG}},
             r"must have the paths of the plan; look at 'body/kernel', which masks= lacks",
         ),
-        (
-            {"plan": uniform(PARAMS, where=PATH, structure=NM(2, 4)), "percolate": lambda masks: masks},
-            r"percolate breaks groups and blocks",
-        ),
     ],
 )
 def test_bad_options_say_what_to_type(options, message):
