@@ -182,5 +182,7 @@ def test_sequences_and_segments_that_do_not_fit_are_refused(pair, params):
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown encoder-decoder preset 'huge'; there are tiny, base, big"):
+    with pytest.raises(
+        ValueError, match="unknown encoder-decoder preset 'huge'; there are tiny, multi30k-small, multi30k,"
+    ):
         encoder_decoder("huge", vocab=5)
