@@ -4,6 +4,9 @@ import os
 import pathlib
 import tempfile
 
+# Programs of tests are compiled once and run on a few numbers: the code generator need not try hard.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
