@@ -7,11 +7,9 @@
 Zhang et al., NeurIPS 2025, arXiv 2501.19107: Multi30k at 90 % sparsity, BLEU of all links 31.38, SET 29.73,
 RigL 30.26, CHTs 29.81, GraNet 31.62, CHTss 32.86 (5,000 steps, best validation checkpoint, beam 2). Two
 things differ here: the vocabulary is one joint byte-pair encoding, and source, target and output share its
-embeddings. `odjax reproduce chtss` measures BLEU at the small size; that of a run's best checkpoint is
+embeddings. BLEU of a run's best checkpoint, and `odjax reproduce chtss` for the small size:
 
-    judge_translations(reopen(folder, step=None, best=True, mesh=None), "text:test.de.gz", "text:test.en.gz")
-
-with `odjax_train.run.reopen` and `odjax_train.translations.judge_translations`.
+    odjax translate runs/NAME --best --source text:test2016.de.gz --target text:test2016.en.gz
 """
 
 import os

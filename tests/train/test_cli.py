@@ -144,6 +144,7 @@ def test_help_of_everything(odjax):
         (("eval", "nowhere"), "nowhere is not a run"),
         (("eval", "RUN", "--step", 3), "no checkpoint of step 3"),
         (("generate", "nowhere"), "nowhere is not a run"),
+        (("translate", "RUN"), "odjax translate needs --source, such as --source text:test.de.gz"),
         (("generate", "RUN", "--length", 1000), "the model's maximum is 64"),
         (("report", "nowhere"), "nowhere is not a run"),
         (("report",), "needs at least one run"),

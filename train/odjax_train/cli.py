@@ -13,6 +13,7 @@ usage: odjax VERB [...]
   train CONFIG [flags]     train; goes on by itself when the run's folder holds a checkpoint
   eval RUN                 judge a checkpoint on the held-out data
   generate RUN             continue a text with a trained language model
+  translate RUN            translate a text, and its BLEU against people's translation
   merge RUN                put the factors of an adapted run into its weights, one .safetensors file
   export RUN               write the factors of an adapted run as an adapter that PEFT loads
   report RUN [RUN ...]     one self-contained HTML page with the plots
@@ -87,6 +88,7 @@ def _verb(name: str) -> Callable[[list[str]], int | None]:
         "train": commands.train,
         "eval": commands.evaluate,
         "generate": commands.generate,
+        "translate": commands.translate,
         "merge": commands.merge,
         "export": commands.export,
         "report": commands.report,

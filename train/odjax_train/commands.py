@@ -17,6 +17,7 @@ from odjax_train.flags import (
     ReportFlags,
     ReproduceFlags,
     TrainFlags,
+    TranslateFlags,
 )
 
 
@@ -120,6 +121,32 @@ def generate(arguments: list[str]) -> int:
     text = continue_text(loaded.program, loaded.state, sample, seed=options.seed)
     if is_main():
         print(options.prompt + text)
+    return 0
+
+
+def translate(arguments: list[str]) -> int:
+    """`odjax translate RUN`."""
+    folder, flags = _first(arguments, "translate", "a run's folder")
+    description = "Translate a text and compare it with people's translation by BLEU."
+    options = configs.cli(TranslateFlags, flags, "odjax translate RUN", description)
+    for name in ("source", "target"):
+        if not getattr(options, name):
+            raise UserError(f"odjax translate needs --{name}, such as --{name} text:test.de.gz")
+    _prepare(options)
+    from odjax_train.distributed import is_main
+    from odjax_train.mesh import MeshShape
+    from odjax_train.run import reopen
+    from odjax_train.run_folder import write_text
+    from odjax_train.translations import judge_translations
+
+    mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
+    loaded = reopen(Path(folder), step=options.step, best=options.best, mesh=mesh)
+    search = {"beam": options.beam, "length_penalty": options.length_penalty}
+    judged = judge_translations(loaded, options.source, options.target, **search)
+    if is_main():
+        out = options.out or Path(folder) / "translations.txt"
+        write_text(out, "".join(f"{line}\n" for line in judged.lines))
+        print(f"step {loaded.step}: BLEU {judged.bleu.score:.2f}  {judged.bleu.signature}  {out}")
     return 0
 
 

@@ -67,6 +67,26 @@ class GenerateFlags(DeviceFlags):
 
 
 @dataclasses.dataclass(frozen=True)
+class TranslateFlags(DeviceFlags):
+    """What to translate."""
+
+    source: str = ""
+    """The text, such as text:test.de.gz, a sentence a line."""
+    target: str = ""
+    """Its translation by people, to compute BLEU."""
+    out: Path | None = None
+    """The file of the translations; translations.txt in the run's folder when not given."""
+    beam: int = 2
+    """Hypotheses of a line; 1 is greedy."""
+    length_penalty: float = 0.6
+    """Exponent of the length that scores are divided by."""
+    step: int | None = None
+    """Which checkpoint; the newest one when not given."""
+    best: bool = False
+    """The best checkpoint instead."""
+
+
+@dataclasses.dataclass(frozen=True)
 class MergeFlags(DeviceFlags):
     """What to merge."""
 
