@@ -313,6 +313,39 @@ def kth_value(
     return _batched(lambda s, k, e: _kth(s, k, e, largest, bits_per_pass), scores, k, eligible, batch_dims)
 
 
+def perturbed(key: jax.Array, log_weights: jax.Array) -> jax.Array:
+    """Log weights with standard Gumbel noise: the k largest are a draw of k without replacement.
+
+    The noise of a float32 is -log of an exponential variable E = -log(1 - v), v in the middle of one of 2^32
+    equal parts of [0, 1]: one random word an entry, every probability within 2^-32, and the top of the race,
+    where v is small, as fine as float32. (The float32 noise of `jax.random.gumbel` has 2^23 values, the
+    largest about 16, so that races of millions end in ties; its mode "high" draws two words.)
+
+    Args:
+      key: a typed key.
+      log_weights: [...] float32 or float64.
+
+    Returns:
+      The same shape and dtype; -inf stays -inf.
+
+    Raises:
+      TypeError: a legacy key, or weights of another dtype.
+
+    Example:
+      >>> int(jnp.argmax(perturbed(jax.random.key(0), jnp.array([-jnp.inf, 0.0, -jnp.inf]))))
+      1
+    """
+    check_key(key)
+    if log_weights.dtype == jnp.float64:
+        return log_weights + jax.random.gumbel(key, log_weights.shape, jnp.float64)
+    if log_weights.dtype != jnp.float32:
+        raise TypeError(f"log_weights must be float32 or float64, got {log_weights.dtype}")
+    words = jax.random.bits(key, log_weights.shape, jnp.uint32)
+    v = (words.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
+    v = jnp.minimum(v, jnp.float32(1 - 2.0**-24))  # the conversion rounds up to 1
+    return log_weights - jnp.log(-jnp.log1p(-v))
+
+
 def gumbel_top_k_mask(
     key: jax.Array,
     log_weights: jax.Array,
@@ -371,8 +404,6 @@ def gumbel_top_k_mask(
         log_weights = log_weights.astype(jnp.float32)
     possible = log_weights > -jnp.inf
     eligible = possible if eligible is None else possible & eligible
-    # The plain mode has 2^23 values, the largest about 16: the top of a race of millions is full of ties.
-    noise = jax.random.gumbel(key, log_weights.shape, log_weights.dtype, mode="high")
     return top_k_mask(
-        log_weights + noise, k, eligible=eligible, batch_dims=batch_dims, bits_per_pass=bits_per_pass
+        perturbed(key, log_weights), k, eligible=eligible, batch_dims=batch_dims, bits_per_pass=bits_per_pass
     )
