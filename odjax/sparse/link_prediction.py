@@ -414,12 +414,13 @@ def _exact_product(weights: jax.Array, a: jax.Array) -> jax.Array:
     fixed = jnp.rint(weights * jnp.ldexp(one, 24 - exponent)).astype(jnp.int32)
     fixed = jnp.where(weights > 0, jnp.maximum(fixed, 1), 0)  # a path of length three is never lost
 
-    shifts = (16, 8, 0)
-    digits = jnp.concatenate([(fixed >> shift) & 255 for shift in shifts]).astype(jnp.bfloat16)
-    sums = jnp.matmul(digits, a.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    def digit(shift: int) -> jax.Array:
+        part = ((fixed >> shift) & 255).astype(jnp.bfloat16)
+        sums = jnp.matmul(part, a.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+        return sums * 2.0 ** (shift - 24)
+
     # From the lowest digit up; a power of two changes no digit of a sum.
-    parts = list(zip(jnp.split(sums, len(shifts)), shifts, strict=True))
-    total = sum(part * 2.0 ** (shift - 24) for part, shift in reversed(parts))
+    total = digit(0) + digit(8) + digit(16)
     return total * jnp.ldexp(one, exponent)
 
 
