@@ -26,6 +26,7 @@ from odjax.core.report import format_bytes as format_bytes
 from odjax.core.report import tree_report as tree_report
 from odjax.core.selection import gumbel_top_k_mask as gumbel_top_k_mask
 from odjax.core.selection import kth_value as kth_value
+from odjax.core.selection import perturbed as perturbed
 from odjax.core.selection import top_k_mask as top_k_mask
 from odjax.core.statistics import Statistic as Statistic
 from odjax.core.statistics import moments as moments

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from odjax.core.selection import perturbed
 from odjax.sparse.engine import dst
 from odjax.sparse.link_prediction import NODE_PREDICTORS, ch_scores, sharded_ch_scores
 from odjax.sparse.masks import links
@@ -62,7 +63,7 @@ def removal(
         w = layer.w.astype(jnp.float32)
         if rule == "hard":
             return removal_logits(w, layer.mask, alpha=alpha)
-        return _race(layer.key, removal_logits(w, layer.mask, alpha=alpha, temperature=exponent))
+        return perturbed(layer.key, removal_logits(w, layer.mask, alpha=alpha, temperature=exponent))
 
     return score
 
@@ -124,14 +125,9 @@ def regrowth(
         found = links(scores > 0, batch_dims=scores.ndim - 2)
         few = (found < layer.count)[..., None, None]
         scores = jnp.where(few & ~layer.mask, scores + jnp.float32(_FLOOR), scores)
-        return _race(layer.key, jnp.log(scores))
+        return perturbed(layer.key, jnp.log(scores))
 
     return score
-
-
-def _race(key: jax.Array, logits: jax.Array) -> jax.Array:
-    # The plain mode has 2^23 values, the largest about 16: the top of a race of millions is full of ties.
-    return logits + jax.random.gumbel(key, logits.shape, logits.dtype, mode="high")
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
