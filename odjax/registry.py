@@ -369,7 +369,7 @@ METHODS: tuple[Method, ...] = (
             "arXiv 1810.02340",
         ),
         summary="Masks before training from one large batch: the links that the loss feels most.",
-        api="odjax.sparse.methods.snip_masks",
+        api="odjax.sparse.one_shot.snip_masks",
     ),
     Method(
         slug="ste",
@@ -383,7 +383,7 @@ METHODS: tuple[Method, ...] = (
             "arXiv 1308.3432",
         ),
         summary="Masked weights in the forward pass whose gradient reaches all of them.",
-        api="odjax.sparse.methods.ste",
+        api="odjax.sparse.one_shot.ste",
     ),
     Method(
         slug="shrink-perturb",

@@ -39,13 +39,13 @@ from odjax.sparse.masks import pack as pack
 from odjax.sparse.masks import unpack as unpack
 from odjax.sparse.methods import gmp as gmp
 from odjax.sparse.methods import granet as granet
-from odjax.sparse.methods import magnitude_masks as magnitude_masks
 from odjax.sparse.methods import mest as mest
 from odjax.sparse.methods import rigl as rigl
 from odjax.sparse.methods import set_ as set_
-from odjax.sparse.methods import snip_masks as snip_masks
 from odjax.sparse.methods import static as static
-from odjax.sparse.methods import ste as ste
+from odjax.sparse.one_shot import magnitude_masks as magnitude_masks
+from odjax.sparse.one_shot import snip_masks as snip_masks
+from odjax.sparse.one_shot import ste as ste
 from odjax.sparse.path_scores import path_scores as path_scores
 from odjax.sparse.percolation import live_units as live_units
 from odjax.sparse.percolation import percolate as percolate

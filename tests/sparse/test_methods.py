@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from odjax.sparse.mask_trees import apply_masks
 from odjax.sparse.masks import NM, unpack
-from odjax.sparse.methods import gmp, granet, magnitude_masks, mest, rigl, set_, snip_masks, static, ste
+from odjax.sparse.methods import gmp, granet, mest, rigl, set_, static
+from odjax.sparse.one_shot import magnitude_masks, snip_masks, ste
 from odjax.sparse.plans import LeafPlan, uniform
 from odjax.sparse.schedules import ems, staged
 
