@@ -258,68 +258,66 @@ def dst(
         count = state.count if rewire is not None else optax.safe_increment(state.count)
         old = {path: unpack(state.masks[path], leaf.shape) for path, leaf in plan.items()}
         flat = dict(leaves_with_paths(params))
+        due = _due(count, cadence, never=drop is None or by_edit) if rewire is None else True
+        if not isinstance(due, bool):
+            # Or else links may change before the gradients are there, at the peak of memory.
+            due, updates = jax.lax.optimization_barrier((due, updates))
         gradients = None if rewire is not None else dict(leaves_with_paths(updates))
-
-        def inner_step() -> tuple[Any, Any]:
+        if rewire is None:
             own = map_with_path(lambda path, g: _zero(path, old, g), updates)
-            return inner.update(own, state.inner, apply_masks(params, old), **extra)
+            changes, inner_state = inner.update(own, state.inner, apply_masks(params, old), **extra)
+        else:
+            changes, inner_state = jax.tree.map(jnp.zeros_like, params), state.inner
+        if skip_step and due is not False:
+            # Leaf by leaf: a conditional around the whole step could not update the state in place.
+            changes = jax.tree.map(lambda x: jnp.where(due, jnp.zeros_like(x), x), changes)
+            inner_state = jax.tree.map(lambda x, y: jnp.where(due, x, y), state.inner, inner_state)
+        step = {path: change for path, change in leaves_with_paths(changes) if path in plan}
 
-        def no_step() -> tuple[Any, Any]:
-            like = params if rewire is not None else jax.eval_shape(ordinary)[0]
-            return jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), like), state.inner
+        def value(path: str) -> jax.Array:
+            """The weights after the step of the inner optimizer."""
+            p, change = flat[path], step[path]
+            if skip_step or rewire is not None:
+                return _zero(path, old, p)
+            wider = p.dtype if p.dtype.itemsize >= change.dtype.itemsize else change.dtype
+            return _zero(path, old, (p.astype(wider) + change.astype(wider)).astype(p.dtype))
 
-        def settled(changes: Any, stays: Masks, born: Masks, history: Any) -> Any:
-            def one(path: str, change: jax.Array, p: jax.Array) -> jax.Array:
-                if path not in stays:
-                    return change
-                # A difference of parameters needs their precision, whatever that of the gradients.
-                dtype = p.dtype if p.dtype.itemsize >= change.dtype.itemsize else change.dtype
-                p = p.astype(dtype)
-                away = -p
-                if path in born:
-                    away = jnp.where(born[path], history[path].astype(dtype) - p, away)
-                return jnp.where(stays[path], change.astype(dtype), away)
-
-            return map_with_path(one, changes, params)
-
-        def ordinary() -> tuple[Any, DstState]:
-            changes, inner_state = inner_step()
-            changes = settled(changes, old, {}, ())
-            return changes, state._replace(count=count, inner=cleared(inner_state, old, params))
-
-        def topology() -> tuple[Any, DstState]:
-            changes, inner_state = no_step() if skip_step or rewire is not None else inner_step()
-            moved = {}
-            for path, change in leaves_with_paths(changes):
-                if path in plan:
-                    p = flat[path]
-                    wider = p.dtype if p.dtype.itemsize >= change.dtype.itemsize else change.dtype
-                    value = (p.astype(wider) + change.astype(wider)).astype(p.dtype)
-                    moved[path] = _zero(path, old, value)
-            w = {path: _wide(moved[path]) for path in plan}
+        def rewired() -> tuple[Masks, Masks]:
+            # Unpacked once more: what the branch alone needs is made in the branch.
+            now = {path: unpack(state.masks[path], leaf.shape) for path, leaf in plan.items()}
+            w = {path: _wide(value(path)) for path in plan}
             g = None if gradients is None else {path: _wide(gradients[path]) for path in plan}
             own = jax.random.wrap_key_data(state.key, impl=impl)
-            new, overlap = rewiring(old, w, g, count, own, state.overlap)
-            stays = {path: new[path] & old[path] for path in plan}
-            history, born = state.history, {}
-            if init_new == "history":
-                history = {path: jnp.where(old[path], moved[path], history[path]) for path in plan}
-                born = {path: new[path] & ~old[path] for path in plan}
-            changes = settled(changes, stays, born, history)
-            words = {path: pack(mask) for path, mask in new.items()}
-            inner_state = cleared(inner_state, stays, params)
-            return changes, DstState(count, state.key, words, inner_state, history, overlap)
+            new, overlap = rewiring(now, w, g, count, own, state.overlap)
+            return {path: pack(mask) for path, mask in new.items()}, overlap
 
-        if rewire is not None:
-            return topology()
-        if drop is None or by_edit:
-            return ordinary()
-        if interval == 1 and start <= 1 and end is None:
-            return topology()
-        due = (count % interval == 0) & (count >= start)
-        if end is not None:
-            due &= count <= end
-        return jax.lax.cond(due, topology, ordinary)
+        words, overlap = state.masks, state.overlap
+        if due is True:
+            words, overlap = rewired()
+        elif due is not False:
+            words, overlap = jax.lax.cond(due, rewired, lambda: (state.masks, state.overlap))
+        stays, history, born = old, state.history, {}
+        if due is not False:
+            both = {path: words[path] & state.masks[path] for path in plan}
+            stays = {path: unpack(both[path], leaf.shape) for path, leaf in plan.items()}
+            if init_new == "history":
+                history = {path: jnp.where(old[path] & due, value(path), history[path]) for path in plan}
+                born = {path: unpack(words[path], leaf.shape) & ~old[path] for path, leaf in plan.items()}
+
+        def settled(path: str, change: jax.Array, p: jax.Array) -> jax.Array:
+            if path not in stays:
+                return change
+            # A difference of parameters needs their precision, whatever that of the gradients.
+            dtype = p.dtype if p.dtype.itemsize >= change.dtype.itemsize else change.dtype
+            p = p.astype(dtype)
+            away = -p
+            if path in born:
+                away = jnp.where(born[path], history[path].astype(dtype) - p, away)
+            return jnp.where(stays[path], change.astype(dtype), away)
+
+        changes = map_with_path(settled, changes, params)
+        inner_state = cleared(inner_state, stays, params)
+        return changes, DstState(count, state.key, words, inner_state, history, overlap)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -357,6 +355,17 @@ def planned(
         return make(plan(params)).update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _due(count: jax.Array, cadence: Cadence, *, never: bool) -> bool | jax.Array:
+    """Whether an update changes links; a bool where that is known beforehand."""
+    interval, start, end = cadence
+    if never:
+        return False
+    if interval == 1 and start <= 1 and end is None:
+        return True
+    due = (count % interval == 0) & (count >= start)
+    return due if end is None else due & (count <= end)
 
 
 def _check_cadence(asked: Cadence, own: Cadence, by_edit: bool) -> None:
