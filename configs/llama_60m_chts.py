@@ -109,7 +109,7 @@ def experiment(
         0.0, learning_rate, min(warmup, steps // 2), max(steps, 1), end_value=0.1 * learning_rate
     )
     if moves(method) and rewarm:
-        schedule = rewarmed(schedule, interval, rewarm)
+        schedule = rewarmed(schedule, interval, rewarm, end=int(end * steps))
     optimizer, edits = sparse_optimizer(
         method,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),

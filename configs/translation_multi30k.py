@@ -169,7 +169,8 @@ def experiment(
     )
     rate = noam(model.width, chosen.factor, chosen.warmup)
     if moves(method) and chosen.rewarm:
-        rate = rewarmed(rate, chosen.interval, chosen.rewarm)
+        last = int(end * chosen.steps)
+        rate = rewarmed(rate, chosen.interval, chosen.rewarm, skip_step=skip_step, end=last)
     last = int(end * chosen.steps)
     optimizer, edits = sparse_optimizer(
         method,

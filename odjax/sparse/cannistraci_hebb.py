@@ -17,7 +17,7 @@ import optax
 from odjax.core.selection import perturbed
 from odjax.sparse.engine import dst
 from odjax.sparse.link_prediction import NODE_PREDICTORS, ch_scores, sharded_ch_scores
-from odjax.sparse.masks import links
+from odjax.sparse.masks import NM, Block, Channel, pooled, unit, unpooled
 from odjax.sparse.path_scores import PATH_PREDICTORS, path_scores
 from odjax.sparse.percolation import percolate
 from odjax.sparse.plans import Plan, matrix_of, overall_density
@@ -29,6 +29,7 @@ from odjax.sparse.wiring import Wiring, restrict_wiring
 Predictor = str | Callable[[jax.Array], jax.Array]
 Temperature = float | tuple[float, float] | Callable[[jax.Array], jax.Array]
 
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 _FLOOR = 1e-5  # added to every absent link's score where too few have one
 
 
@@ -60,10 +61,16 @@ def removal(
 
     def score(layer: Layer) -> jax.Array:
         exponent = temperature(layer.step) if callable(temperature) else temperature
-        w = layer.w.astype(jnp.float32)
+        w, blocks = layer.w.astype(jnp.float32), isinstance(layer.structure, Block | Channel)
+        if rule == "soft" and not blocks:
+            return perturbed(layer.key, removal_logits(w, layer.mask, alpha=alpha, temperature=exponent))
+        logits = removal_logits(w, layer.mask, alpha=alpha)
+        if not blocks:
+            return logits
+        sizes = jnp.exp(logits)  # means are of scores, not of logarithms
         if rule == "hard":
-            return removal_logits(w, layer.mask, alpha=alpha)
-        return perturbed(layer.key, removal_logits(w, layer.mask, alpha=alpha, temperature=exponent))
+            return sizes
+        return _drawn(layer, sizes, lambda weights: exponent * jnp.log(jnp.maximum(weights, _SMALLEST)))
 
     return score
 
@@ -122,17 +129,42 @@ def regrowth(
         scores = jnp.where(layer.mask, 0, scores_of(layer.mask)).astype(jnp.float32)
         if rule == "top":
             return jnp.where(scores > 0, scores, jax.random.uniform(layer.key, scores.shape) - 1)
-        found = links(scores > 0, batch_dims=scores.ndim - 2)
-        few = (found < layer.count)[..., None, None]
-        scores = jnp.where(few & ~layer.mask, scores + jnp.float32(_FLOOR), scores)
-        return perturbed(layer.key, jnp.log(scores))
+        if isinstance(layer.structure, Block | Channel):
+            size = layer.structure, layer.mask.ndim - 2
+            taken = pooled(layer.mask, *size, "any")
+            count = layer.count // unit(layer.structure, layer.mask.shape[-2:])
+            return _drawn(layer, scores, lambda weights: jnp.log(_floored(weights, taken, count)))
+        if isinstance(layer.structure, NM):
+            # Every group is filled up, also one in which no link has a score.
+            return perturbed(layer.key, jnp.log(jnp.where(layer.mask, 0, scores + jnp.float32(_FLOOR))))
+        return perturbed(layer.key, jnp.log(_floored(scores, layer.mask, layer.count)))
 
     return score
+
+
+def _floored(scores: jax.Array, taken: jax.Array, count: jax.Array) -> jax.Array:
+    """1e-5 more for every candidate where fewer of them have a score than must come."""
+    found = jnp.sum(scores > 0, axis=tuple(range(count.ndim, scores.ndim)), dtype=jnp.int32)
+    few = (found < count).reshape(count.shape + (1,) * (scores.ndim - count.ndim))
+    return jnp.where(few & ~taken, scores + jnp.float32(_FLOOR), jnp.where(taken, 0, scores))
+
+
+def _drawn(layer: Layer, scores: jax.Array, logits: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Noisy logits of the pooled scores of blocks or channels: one draw for each, seen by all its links."""
+    batch = layer.mask.ndim - 2
+    noisy = perturbed(layer.key, logits(pooled(scores, layer.structure, batch, layer.structure.pool)))
+    return unpooled(noisy, layer.structure, layer.mask.shape, batch)
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _temperatures(given: Any) -> tuple[float, float]:
+    if len(given) != 2 or not all(isinstance(t, int | float) and t >= 0 for t in given):
+        raise ValueError(f"temperature must be two numbers of at least 0, or one, got {given!r}")
+    return given[0], given[1]
 
 
 def _needs_end(what: str, end: int | None) -> int:
@@ -222,10 +254,19 @@ def chts(
         raise ValueError(f"zeta must be between 0 and 1, got {zeta!r}")
     if adaptive_zeta and not callable(zeta):
         zeta = cosine(zeta, _needs_end("adaptive_zeta=True", end))
-    if isinstance(temperature, tuple):
-        first, last = temperature
+    if isinstance(temperature, tuple | list):
+        first, last = _temperatures(temperature)
         temperature = optax.linear_schedule(first, last, _needs_end(f"temperature={temperature}", end))
     if wiring is not None:
+        if "percolate" in options:
+            raise ValueError("wiring= is percolation already: leave out percolate=")
+        ends = {end.path for junction in wiring for end in (*junction.inputs, *junction.outputs)}
+        if not ends & set(plan):
+            some = ", ".join(map(repr, [*sorted(ends)[:2], "..."]))
+            raise ValueError(
+                f"the wiring ({some}) names no leaf of the plan ({next(iter(plan))!r}, ...): take "
+                "wiring_of(model) of the model whose parameters these are"
+            )
         free = [path for path, leaf in plan.items() if leaf.structure is None]
         restricted = restrict_wiring(wiring, dict.fromkeys(free, True))
         options["percolate"] = functools.partial(percolate, wiring=restricted) if restricted else None

@@ -259,6 +259,9 @@ def dst(
         old = {path: unpack(state.masks[path], leaf.shape) for path, leaf in plan.items()}
         flat = dict(leaves_with_paths(params))
         due = _due(count, cadence, never=drop is None or by_edit) if rewire is None else True
+        if early_stop is not None and rewire is None and due is not False:
+            # Once every layer has settled, no update is given up for nothing.
+            due &= jnp.any(jnp.stack([jnp.any(x <= early_stop) for x in state.overlap.values()]))
         if not isinstance(due, bool):
             # Or else links may change before the gradients are there, at the peak of memory.
             due, updates = jax.lax.optimization_barrier((due, updates))
@@ -404,7 +407,8 @@ def topology_edit(
       An `Edit`.
 
     Raises:
-      ValueError: when it runs: an optimizer made without `by_edit`, or with other numbers.
+      ValueError: when it runs: an optimizer made without `by_edit`, or with other numbers; a state that is
+        not that of a sparse method (one inside of a chain, for example).
 
     Example:
       >>> from odjax.sparse import links, set_, uniform
@@ -418,6 +422,11 @@ def topology_edit(
     cadence = Cadence(every, start, end)
 
     def apply(key: jax.Array, step: jax.Array, params: Any, opt_state: Any) -> tuple[Any, Any]:
+        if not isinstance(opt_state, DstState):
+            raise ValueError(
+                f"edit {name!r} changes the links of an optimizer whose state is a DstState, got "
+                f"{type(opt_state).__name__}: put the sparse method outermost, and chains inside of it"
+            )
         free, frozen = partition(params, trainable)
         changes, opt_state = optimizer.update(free, opt_state, free, rewire=cadence)
         return combine(optax.apply_updates(free, changes), frozen), opt_state

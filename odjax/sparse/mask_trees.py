@@ -114,7 +114,8 @@ def check_initial(masks: Any, plan: Plan, exact: bool) -> None:
                 f"the mask of {path!r} must be bool{list(leaf.shape)}, got {mask.dtype}{list(mask.shape)}"
             )
         if exact and not isinstance(mask, jax.core.Tracer):
-            found = np.asarray(links(leaf.graphs(mask), batch_dims=leaf.batch_dims))
+            with jax.ensure_compile_time_eval():
+                found = np.asarray(links(leaf.graphs(mask), batch_dims=leaf.batch_dims))
             if (found != leaf.links).any():
                 raise ValueError(
                     f"the mask of {path!r} has {found.tolist()} links, the plan {leaf.links}: "

@@ -288,7 +288,18 @@ def unit(structure: Structure, shape: tuple[int, ...]) -> int:
     return size // structure.m
 
 
-def _pooled(x: jax.Array, structure: Block | Channel, batch_dims: int, pool: str) -> jax.Array:
+def pooled(x: jax.Array, structure: Block | Channel, batch_dims: int, pool: str) -> jax.Array:
+    """One number a block or channel.
+
+    Args:
+      x: [*batch, ...].
+      structure: blocks or channels.
+      batch_dims: how many axes are batch axes.
+      pool: "mean", "max" or "any".
+
+    Returns:
+      [*batch, rows of blocks, columns of blocks], or [*batch, channels].
+    """
     reduce = {"mean": jnp.mean, "max": jnp.max, "any": jnp.any}[pool]
     if isinstance(structure, Block):
         *lead, rows, columns = x.shape
@@ -298,13 +309,24 @@ def _pooled(x: jax.Array, structure: Block | Channel, batch_dims: int, pool: str
     return reduce(x, axis=others)
 
 
-def _unpooled(
-    pooled: jax.Array, structure: Block | Channel, shape: tuple[int, ...], batch_dims: int
+def unpooled(
+    blocks: jax.Array, structure: Block | Channel, shape: tuple[int, ...], batch_dims: int
 ) -> jax.Array:
+    """The inverse of `pooled`: every link gets the number of its block or channel.
+
+    Args:
+      blocks: as `pooled` gives it.
+      structure: blocks or channels.
+      shape: of the links, [*batch, ...].
+      batch_dims: how many axes are batch axes.
+
+    Returns:
+      An array of the shape.
+    """
     if isinstance(structure, Block):
-        return jnp.repeat(jnp.repeat(pooled, structure.rows, -2), structure.columns, -1)
+        return jnp.repeat(jnp.repeat(blocks, structure.rows, -2), structure.columns, -1)
     kept = {*range(batch_dims), len(shape) + structure.axis}
-    wide = pooled.reshape([n if a in kept else 1 for a, n in enumerate(shape)])
+    wide = blocks.reshape([n if a in kept else 1 for a, n in enumerate(shape)])
     return jnp.broadcast_to(wide, shape)
 
 
@@ -368,14 +390,14 @@ def top_links(
         return _fill_groups(nothing, scores, k // step, structure, eligible, batch_dims)
     if eligible is not None:
         scores = jnp.where(eligible, scores, jnp.zeros_like(scores))
-        eligible = _pooled(eligible, structure, batch_dims, "any")
+        eligible = pooled(eligible, structure, batch_dims, "any")
     best = top_k_mask(
-        _numbers(_pooled(scores, structure, batch_dims, structure.pool)),
+        _numbers(pooled(scores, structure, batch_dims, structure.pool)),
         k // step,
         eligible=eligible,
         batch_dims=batch_dims,
     )
-    return _unpooled(best, structure, scores.shape, batch_dims)
+    return unpooled(best, structure, scores.shape, batch_dims)
 
 
 def _fill_groups(
@@ -434,11 +456,11 @@ def add_links(
     missing = k - links(kept, batch_dims=batch_dims)
     if structure is None:
         return kept | top_k_mask(scores, missing, eligible=~kept, batch_dims=batch_dims)
-    held = _pooled(kept, structure, batch_dims, "any")
+    held = pooled(kept, structure, batch_dims, "any")
     best = top_k_mask(
-        _numbers(_pooled(scores, structure, batch_dims, structure.pool)),
+        _numbers(pooled(scores, structure, batch_dims, structure.pool)),
         missing // step,
         eligible=~held,
         batch_dims=batch_dims,
     )
-    return kept | _unpooled(best, structure, scores.shape, batch_dims)
+    return kept | unpooled(best, structure, scores.shape, batch_dims)

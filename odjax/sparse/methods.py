@@ -7,6 +7,8 @@ GraNet start denser and cost more. `end` should be about three quarters of the t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from odjax.sparse.engine import dst
+from odjax.sparse.mask_trees import Initial
 from odjax.sparse.plans import Plan, overall_density
 from odjax.sparse.rewiring import Layer
 from odjax.sparse.schedules import Schedule, cosine, cubic
@@ -98,7 +101,7 @@ def rigl(
     *,
     key: jax.Array,
     end: int,
-    zeta: float = 0.3,
+    zeta: float | Schedule = 0.3,
     interval: int = 100,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -131,7 +134,7 @@ def rigl(
       >>> optimizer.init(params).masks["kernel"].shape
       (1, 8)
     """
-    share = cosine(zeta, end)
+    share = zeta if callable(zeta) else cosine(zeta, end)
     return dst(
         inner,
         plan,
@@ -199,10 +202,17 @@ def mest(
         value = density(step) if callable(density) else density
         return planned if value is None else jnp.asarray(value, jnp.float32)
 
-    def share(step: int | jax.Array) -> jax.Array:
+    def approximate(step: int | jax.Array) -> jax.Array:
         high = jnp.where(jnp.asarray(step) >= last, planned, jnp.maximum(at(upper, step), planned))
         # Rounded up: 1 - 0.2 / 0.25 is below a fifth in float32, and would drop one link too few.
         return jnp.clip(1 - at(lower, step) / high + jnp.float32(1e-6), 0, 1)
+
+    share: Any = approximate
+    if upper is None and isinstance(lower, int | float):
+        # The floor of E (1 - lower / planned), exactly.
+        links = sum(leaf.links * leaf.slices for leaf in plan.values())
+        size = sum(leaf.size * leaf.slices for leaf in plan.values())
+        share = max(Fraction(0), 1 - Fraction(str(lower)) * size / links)
 
     def drop(layer: Layer) -> jax.Array:
         return jnp.abs(layer.w) + jnp.asarray(weight, layer.w.dtype) * jnp.abs(_gradient(layer))
@@ -228,7 +238,7 @@ def gmp(
     key: jax.Array,
     end: int,
     start: int = 0,
-    density: float = 1.0,
+    density: float | Schedule = 1.0,
     interval: int = 100,
     skip_step: bool = False,
     **options: Any,
@@ -241,7 +251,7 @@ def gmp(
       key: a typed key (used where the start is not dense).
       end: the update at which the plan is reached.
       start: the update up to which nothing is pruned.
-      density: at the start.
+      density: at the start, or a schedule of its own.
       interval: updates between two prunings.
       skip_step: leave the optimizer step out where links go.
       **options: of `dst`.
@@ -267,7 +277,7 @@ def gmp(
         key=key,
         drop=magnitude,
         grow=None,
-        density=cubic(density, overall_density(plan), start, end),
+        density=_falling(density, plan, start, end),
         interval=interval,
         start=start,
         end=end,
@@ -283,8 +293,8 @@ def granet(
     key: jax.Array,
     end: int,
     start: int = 0,
-    density: float = 0.5,
-    zeta: float = 0.5,
+    density: float | Schedule = 0.5,
+    zeta: float | Schedule = 0.5,
     floor: float = 0.005,
     interval: int = 100,
     **options: Any,
@@ -326,8 +336,8 @@ def granet(
         key=key,
         drop=magnitude,
         grow=gradient_magnitude,
-        zeta=cosine(zeta, end, floor=floor),
-        density=cubic(density, overall_density(plan), start, end),
+        zeta=zeta if callable(zeta) else cosine(zeta, end, floor=floor),
+        density=_falling(density, plan, start, end),
         interval=interval,
         start=start,
         end=end,
@@ -335,8 +345,21 @@ def granet(
     )
 
 
+def _falling(density: float | Schedule, plan: Plan, start: int, end: int) -> Schedule:
+    if callable(density):
+        return density
+    planned = overall_density(plan)
+    if density < planned:
+        raise ValueError(f"density={density!r} at the start is below the plan's {planned:g}")
+    return cubic(density, planned, start, end)
+
+
 def static(
-    inner: optax.GradientTransformation, plan: Plan, *, key: jax.Array, **options: Any
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    *,
+    key: jax.Array,
+    masks: Mapping[str, jax.Array] | Initial | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Links that stay where they are: random ones, or those given as `masks` (of `snip_masks`, for example).
 
@@ -344,7 +367,7 @@ def static(
       inner: the optimizer.
       plan: which leaves are sparse and how many links each has.
       key: a typed key.
-      **options: of `dst`: `masks`.
+      masks: the links, as in `dst`; None draws them uniformly.
 
     Returns:
       A transform with state `DstState`.
@@ -352,4 +375,4 @@ def static(
     Raises:
       ValueError: as `dst`.
     """
-    return dst(inner, plan, key=key, drop=None, grow=None, **options)
+    return dst(inner, plan, key=key, drop=None, grow=None, masks=masks)

@@ -54,7 +54,8 @@ def path_scores(
 
     Returns:
       float32 [..., n, m], positive exactly where the link is absent and a path of length three joins its
-      ends, 0 elsewhere. A traced layer of more than `max_links` links is all NaN, which no selection takes.
+      ends, 0 elsewhere. A traced layer of more than `max_links` links is all NaN, which a selection
+      takes last.
 
     Raises:
       TypeError: a mask that is not bool.
@@ -76,7 +77,8 @@ def path_scores(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not isinstance(mask, jax.core.Tracer) and mask.size:
-        most = int(jnp.max(jnp.sum(mask, axis=(-2, -1), dtype=jnp.int32)))
+        with jax.ensure_compile_time_eval():
+            most = int(jnp.max(jnp.sum(mask, axis=(-2, -1), dtype=jnp.int32)))
         if most > max_links:
             raise ValueError(
                 f"a layer of mask {list(mask.shape)} has {most} links: type max_links={most} or more"

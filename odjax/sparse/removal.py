@@ -53,7 +53,7 @@ def removal_logits(
       eps: added to the sums.
 
     Returns:
-      float32 [..., n, m]. A traced weight that is not finite gives NaN, which no selection takes.
+      float32 [..., n, m]. A traced weight that is not finite gives NaN, which a selection takes last.
 
     Raises:
       TypeError: a mask that is not bool, weights that are not real floats.
@@ -71,7 +71,8 @@ def removal_logits(
     _check_range("temperature", temperature, 0, math.inf)
     _check_range("eps", eps, 0, math.inf)
     if not isinstance(w, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
-        bad = int(jnp.sum(mask & ~jnp.isfinite(w)))
+        with jax.ensure_compile_time_eval():
+            bad = int(jnp.sum(mask & ~jnp.isfinite(w)))
         if bad:
             raise ValueError(
                 f"{bad} links of w {list(w.shape)} have weights that are not finite: nothing is removed"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from odjax.core.keys import fold_path, fold_step
 from odjax.sparse.mask_trees import Masks
-from odjax.sparse.masks import NM, add_links, links, top_links, unit
+from odjax.sparse.masks import NM, Structure, add_links, links, top_links, unit
 from odjax.sparse.plans import LeafPlan, Plan, overall_density, target_links
 from odjax.sparse.removal import keep_count
 from odjax.sparse.schedules import Schedule
@@ -34,6 +34,8 @@ class Layer(NamedTuple):
       step: int32 [], the number of the update.
       count: int32 [*batch] or [], how many will be taken: links that stay for `drop` and `prune`, new ones
         for `grow`.
+      structure: N:M, blocks, channels or None. Blocks and channels are chosen by the mean (or maximum) of
+        the scores of their links, so that a random rule draws one number for each (`pooled`, `unpooled`).
     """
 
     key: jax.Array
@@ -42,6 +44,7 @@ class Layer(NamedTuple):
     gradient: jax.Array | None
     step: jax.Array
     count: jax.Array
+    structure: Structure = None
 
 
 Score = Callable[[Layer], jax.Array]
@@ -104,14 +107,18 @@ class Rewiring:
         for path, leaf in self.plan.items():
             own = fold_path(fold_step(key, step), path)
             slope = None if gradients is None else leaf.graphs(gradients[path])
-            layers[path] = Layer(own, leaf.graphs(w[path]), leaf.graphs(old[path]), slope, step, jnp.int32(0))
+            here, weights = leaf.graphs(old[path]), leaf.graphs(w[path])
+            layers[path] = Layer(own, weights, here, slope, step, jnp.int32(0), leaf.structure)
         goal = {path: self.target(leaf, step) for path, leaf in self.plan.items()}
         if self.across:
             layers = self._pruned_across(layers, goal)
             goal = {path: _links(self.plan[path], layer.mask) for path, layer in layers.items()}
         kept = {}
         for path, leaf in self.plan.items():
-            kept[path] = leaf.leaf(self._dropped(path, leaf, layers[path], goal[path]))
+            stays = self._dropped(path, leaf, layers[path], goal[path])
+            if self.early_stop is not None:
+                stays = jnp.where(_wide(self._stopped(before[path]), stays), layers[path].mask, stays)
+            kept[path] = leaf.leaf(stays)
         if self.percolate is not None:
             kept = self.percolate(kept)
         if self.grow is None:
@@ -131,11 +138,14 @@ class Rewiring:
             both, fresh = _links(leaf, grown & was & ~stays), _links(leaf, grown & ~stays)
             overlap = both.astype(jnp.float32) / jnp.maximum(fresh, 1).astype(jnp.float32)
             if self.early_stop is not None:
-                stopped = before[path] > jnp.float32(self.early_stop)
+                stopped = self._stopped(before[path])
                 grown = jnp.where(_wide(stopped, grown), leaf.graphs(old[path]), grown)
                 overlap = jnp.where(stopped, before[path], overlap)
             new[path], overlaps[path], done = leaf.leaf(grown), overlap, grown
         return new, overlaps
+
+    def _stopped(self, overlap: jax.Array) -> jax.Array:
+        return overlap > jnp.float32(self.early_stop)
 
     def _pruned_across(self, layers: dict[str, Layer], goal: dict[str, jax.Array]) -> dict[str, Layer]:
         """All leaves down to the links of all targets together, by the scores of all."""

@@ -255,6 +255,7 @@ def rewarm(
     steps: int,
     *,
     skip_step: bool = False,
+    end: int | None = None,
 ) -> Schedule:
     """Warms a learning rate up again after every change of the links.
 
@@ -267,6 +268,7 @@ def rewarm(
       interval: updates between two changes.
       steps: updates until the full rate, at most `interval`.
       skip_step: the count leaves out the updates that change links (`interval` is then 2 or more).
+      end: the last update that may change links; None: they change to the end.
 
     Returns:
       step -> float32 [].
@@ -288,7 +290,11 @@ def rewarm(
     def warmed(step: int | jax.Array) -> jax.Array:
         rate = schedule(step) if callable(schedule) else schedule
         step = jnp.asarray(step)
-        since = step % (interval - 1) + 1 if skip_step else step % interval
+        period = interval - 1 if skip_step else interval
+        changes = step // period
+        if end is not None:
+            changes = jnp.minimum(changes, end // interval)
+        since = step - changes * period + int(skip_step)
         share = jnp.minimum(jnp.float32(1), since.astype(jnp.float32) / jnp.float32(steps))
         return jnp.asarray(rate, jnp.float32) * share
 

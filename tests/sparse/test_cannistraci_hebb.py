@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from odjax.core import run_edit
+from odjax.models.decoder import decoder
 from odjax.models.mlp import MLP
 from odjax.sparse import (
     NM,
     PER_HEAD,
     Block,
+    Channel,
+    LeafPlan,
+    Rewiring,
     apply_masks,
     brf_mask,
     ch_scores,
@@ -38,6 +42,7 @@ from odjax.sparse import (
     unpack,
     wiring_of,
 )
+from odjax.sparse.masks import pooled, top_links, unit
 from odjax.sparse.plans import overall_density
 from odjax.sparse.rewiring import Layer
 from odjax.sparse.schedules import ems
@@ -424,3 +429,74 @@ def test_packed_words_are_what_the_state_holds():
     for path, leaf in PLAN.items():
         np.testing.assert_array_equal(pack(unpack(state.masks[path], leaf.shape)), state.masks[path])
         assert state.masks[path].nbytes <= leaf.shape[1] * 4 * -(-leaf.shape[0] // 32)
+
+
+BLOCKS = jnp.kron(jnp.array([[4.0, 2.0], [1.0, 0.0]]), jnp.ones((4, 4)))
+
+
+@pytest.mark.parametrize("structure", [Block(4, 4), Channel(-1)], ids=["blocks", "channels"])
+def test_soft_removal_draws_whole_blocks_in_proportion_to_a_power_of_their_sizes(structure):
+    w = BLOCKS if isinstance(structure, Block) else jnp.asarray([[4.0, 2.0, 1.0, 0.0]] * 4)
+    score = removal("soft", temperature=2.0)
+    keys = jax.random.split(KEY, 4000)
+    drawn_ = jax.vmap(
+        lambda key: top_links(
+            score(layer(w > 0, w, key=key)._replace(structure=structure)),
+            unit(structure, w.shape),
+            structure,
+            eligible=w > 0,
+        )
+    )(keys)
+    first = np.asarray(pooled(drawn_, structure, 1, "any")).reshape(4000, -1)
+    assert (first.sum(axis=1) == 1).all()
+    law = np.array([16, 4, 1, 0]) / 21
+    assert np.abs(first.mean(axis=0) - law).max() < 4 * np.sqrt(0.25 / 4000)
+
+
+def test_soft_regrowth_draws_whole_blocks_in_proportion_to_their_scores():
+    mask = jnp.kron(jnp.array([[1, 0], [0, 0]]), jnp.ones((4, 4), jnp.int32)) > 0
+    weights = jnp.kron(jnp.array([[9.0, 2.0], [1.0, 5.0]]), jnp.ones((4, 4)))
+    score = regrowth("soft", predictor=lambda mask: weights)
+    keys = jax.random.split(KEY, 4000)
+    best = jax.vmap(
+        lambda key: jnp.argmax(score(layer(mask, count=16, key=key)._replace(structure=Block(4, 4))))
+    )(keys)
+    share = [np.mean(np.asarray(best) == place) for place in (4, 32, 36)]
+    assert np.abs(np.array(share) - np.array([2, 1, 5]) / 8).max() < 4 * np.sqrt(0.25 / 4000)
+
+
+def test_a_group_without_scores_is_filled_up_at_random():
+    mask = jnp.zeros((8, 2), bool).at[0, 0].set(True)
+    score = regrowth("soft", predictor=lambda mask: jnp.zeros(mask.shape))
+    keys = jax.random.split(KEY, 64)
+    places = jax.vmap(
+        lambda key: jnp.argmax(score(layer(mask, count=1, key=key)._replace(structure=NM(1, 8)))[:, 1])
+    )(keys)
+    assert len(set(np.asarray(places).tolist())) == 8
+
+
+def test_a_stopped_layer_keeps_its_neurons_alive_for_the_others():
+    old = {"dense_0/kernel": jnp.eye(12, 16, dtype=bool), "dense_1/kernel": jnp.eye(16, 16, dtype=bool)}
+    plan = {path: LeafPlan(mask.shape, int(mask.sum())) for path, mask in old.items()}
+    w = {path: jnp.where(mask, 1.0, 0.0) for path, mask in old.items()}
+    seen = {}
+
+    def note(masks):
+        seen.update(masks)
+        return masks
+
+    change = Rewiring(plan, removal("hard"), regrowth("top"), zeta=0.5, percolate=note, early_stop=0.9)
+    before = {"dense_0/kernel": jnp.float32(1), "dense_1/kernel": jnp.float32(0)}
+    new, _ = change(old, w, None, jnp.int32(1), KEY, before)
+    np.testing.assert_array_equal(seen["dense_0/kernel"], old["dense_0/kernel"])
+    np.testing.assert_array_equal(new["dense_0/kernel"], old["dense_0/kernel"])
+    assert seen["dense_1/kernel"].sum() == 8
+
+
+def test_a_wiring_of_another_model_is_refused():
+    with pytest.raises(ValueError, match=r"the wiring .* names no leaf of the plan \('dense_1/kernel'"):
+        METHODS["chts"](wiring=wiring_of(decoder("tiny")))
+    with pytest.raises(ValueError, match="leave out percolate="):
+        METHODS["chts"](wiring=WIRING, percolate=lambda masks: masks)
+    with pytest.raises(ValueError, match=r"temperature must be two numbers of at least 0, or one, got \(-1"):
+        METHODS["chts"](temperature=(-1.0, 9.0))

@@ -16,6 +16,7 @@ from odjax.sparse.masks import NM, unpack
 from odjax.sparse.methods import gmp, granet, mest, rigl, set_, static
 from odjax.sparse.one_shot import magnitude_masks, snip_masks, ste
 from odjax.sparse.plans import LeafPlan, uniform
+from odjax.sparse.removal import keep_count
 from odjax.sparse.schedules import ems, staged
 
 KEY = jax.random.key(5)
@@ -220,3 +221,23 @@ def test_straight_through_takes_a_traced_density_a_structure_or_a_function():
 def test_bad_input_says_what_was_needed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_lower_density_of_mest_is_exact_for_large_leaves(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("odjax.sparse.methods.dst", lambda *a, **options: seen.update(options))
+    big = {"w": LeafPlan((10_000, 10_000), 10_000_000)}
+    mest(optax.sgd(0.1), big, key=jax.random.key(0), end=100, lower=0.08)
+    assert keep_count(10_000_000, seen["zeta"]) == 8_000_000
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda **o: granet(optax.sgd(0.1), PLAN, density=0.01, **o), "density=0.01 at the start is below"),
+        (lambda **o: gmp(optax.sgd(0.1), PLAN, density=0.01, **o), "density=0.01 at the start is below"),
+    ],
+)
+def test_a_density_below_the_plan_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(key=jax.random.key(0), end=100, interval=10)

@@ -150,3 +150,19 @@ def test_schedules_are_float32_and_traced_like_numbers():
 def test_bad_input_says_what_was_needed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_rewarming_ends_with_the_last_change():
+    ended = rewarm(1.0, 10, 4, end=25)
+    assert [float(ended(step)) for step in (19, 20, 22, 24, 30, 33, 50)] == [
+        1.0,
+        0.0,
+        0.5,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    ]
+    # Of the 9 own steps between changes the first after the second change is number 18.
+    own = rewarm(1.0, 10, 4, skip_step=True, end=25)
+    assert [float(own(count)) for count in (17, 18, 20, 27, 45)] == [1.0, 0.25, 0.75, 1.0, 1.0]

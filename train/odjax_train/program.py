@@ -105,7 +105,10 @@ class Program:
 
     def evaluated(self, state: TrainState) -> Any:
         """The parameters that are judged: the average where there is one."""
-        return _averaged(self.experiment, state.params, state.ema)
+        if state.ema is None:
+            return state.params
+        # Links move; an average of weights that were there would bring absent ones back.
+        return _linked(_averaged(self.experiment, state.params, state.ema), state.opt_state)
 
 
 def packed_masks(opt_state: Any) -> dict[str, Any]:
@@ -136,8 +139,6 @@ def _float32(tree: Any) -> Any:
 
 
 def _averaged(experiment: Experiment, params: Any, ema: Any) -> Any:
-    if ema is None:
-        return params
     free, frozen = partition(params, experiment.trainable)
     return combine(jax.tree.map(lambda e, p: e.astype(p.dtype), ema, free), frozen)
 

@@ -1,4 +1,4 @@
-"""Sparse training of perceptrons: CHTs beside dense, static masks, SET, RigL and CHT.
+"""Sparse training of perceptrons: CHTs beside dense, static masks, SET, RigL and its own deterministic rules.
 
 The paper's experiment is an MLP on MNIST with 1 % of the links in its hidden layers; here with 20,000
 training images and 20 epochs instead of 60,000 and 100. MNIST is `mnist.npz` in the folder of the environment
