@@ -1,8 +1,10 @@
 """The configurations build, and what the low-rank ones set fits together."""
 
+import dataclasses
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
@@ -78,6 +80,17 @@ def test_a_sparse_run_starts_without_absent_links(program_of):
         state = program.init()
     kernel = np.asarray(state.params["dense_0"]["kernel"])
     assert (kernel != 0).sum() == -(-64 * 32 // 10)
+
+
+def test_an_average_of_sparse_weights_has_their_links_alone(program_of):
+    experiment = load(CONFIGS / "mlp_digits_sparse.py", {"width": 32, "method": "rigl"}).experiment()
+    program = program_of(dataclasses.replace(experiment, ema=0.9), 1, 1, 1)
+    with program.context():
+        state = program.init()
+    state = state._replace(ema=jax.tree.map(jnp.ones_like, state.ema))  # of links that were there before
+    averaged = program.evaluated(state)
+    assert int((averaged["dense_0"]["kernel"] != 0).sum()) == -(-64 * 32 // 10)
+    assert int((averaged["dense_2"]["kernel"] != 0).sum()) == 320
 
 
 def test_the_sparse_llama_builds_with_its_links_over_the_mesh(program_of):
