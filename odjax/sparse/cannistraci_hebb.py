@@ -30,6 +30,7 @@ Predictor = str | Callable[[jax.Array], jax.Array]
 Temperature = float | tuple[float, float] | Callable[[jax.Array], jax.Array]
 
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+_ROWS = 512  # enough for a matrix unit; less memory, and faster on a CPU (benchmarks/sparse_regrowth.py)
 _FLOOR = 1e-5  # added to every absent link's score where too few have one
 
 
@@ -94,8 +95,8 @@ def regrowth(
         takes the largest.
       predictor: a name of `ch_scores` (sums over nodes) or `path_scores` (over paths), or a function
         bool [*batch, n, m] -> scores of at least 0.
-      row_block: of `ch_scores`: nodes whose communities are looked at together. Layers of a stack come one
-        after the other.
+      row_block: of `ch_scores`: nodes whose communities are looked at together; None: 512. Layers of a stack
+        come one after the other.
       exact: of `ch_scores`: the same bits on any number of devices.
       axes: mesh axes, of the mesh in force (`jax.set_mesh`), over which the work of a node-based predictor is
         divided by hand; None leaves that to the compiler.
@@ -120,7 +121,9 @@ def regrowth(
             return predictor(mask)
         if predictor in PATH_PREDICTORS:
             return path_scores(mask, predictor, max_links=max_links or mask.shape[-2] * mask.shape[-1])
-        block = max(mask.shape[-2:]) if row_block is None and mask.ndim > 2 else row_block
+        block = row_block
+        if row_block is None and (mask.ndim > 2 or max(mask.shape[-2:]) > _ROWS):
+            block = _ROWS
         if axes is not None:
             return sharded_ch_scores(mask, predictor, axis=axes, row_block=block, exact=exact)
         return ch_scores(mask, predictor, row_block=block, exact=exact)
