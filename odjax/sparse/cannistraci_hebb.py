@@ -238,7 +238,7 @@ def chts(
     Source: Zhang et al., NeurIPS 2025, arXiv 2501.19107.
 
     Example:
-      >>> from odjax.sparse.plans import uniform
+      >>> from odjax.sparse import links, uniform
       >>> params = {"kernel": jnp.ones((16, 16))}
       >>> optimizer = chts(optax.sgd(0.1), uniform(params, 0.75), key=jax.random.key(0), end=3, interval=2)
       >>> state = optimizer.init(params)

@@ -41,6 +41,7 @@ def percolate(masks: Any, wiring: Wiring) -> Any:
     Source: Zhang et al. 2024, chain removal.
 
     Example:
+      >>> from odjax.sparse.wiring import Ends
       >>> masks = {"a": jnp.array([[True, True]]), "b": jnp.array([[True], [False]])}
       >>> percolate(masks, (Junction((Ends("a", (1,)),), (Ends("b", (0,)),)),))["a"]
       Array([[ True, False]], dtype=bool)
@@ -86,6 +87,7 @@ def live_units(masks: Any, wiring: Wiring) -> tuple[jax.Array, ...]:
     Source: Zhang et al. 2024, active neuron post-percolation rate.
 
     Example:
+      >>> from odjax.sparse.wiring import Ends
       >>> masks = {"a": jnp.array([[True, True]]), "b": jnp.array([[True], [False]])}
       >>> live_units(masks, (Junction((Ends("a", (1,)),), (Ends("b", (0,)),)),))
       (Array([ True, False], dtype=bool),)

@@ -29,8 +29,9 @@ def _share(name: str, value: float) -> None:
 
 def _progress(step: int | jax.Array, start: int, end: int) -> jax.Array:
     # The difference is taken in integers: float32 does not tell updates above 2^24 apart.
-    passed = jnp.clip(jnp.asarray(step) - start, 0, end - start).astype(jnp.float32)
-    return passed / jnp.float32(end - start)
+    passed = jnp.clip(jnp.asarray(step) - start, 0, end - start)
+    # Not every compiler divides a number by itself to exactly 1.
+    return jnp.where(passed == end - start, 1, passed.astype(jnp.float32) / jnp.float32(end - start))
 
 
 def _between(first: float, last: float, progress: jax.Array, share: jax.Array) -> jax.Array:

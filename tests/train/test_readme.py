@@ -29,10 +29,11 @@ def test_the_example_runs_and_its_optimizer_updates():
     names = {}
     exec(code, names)
     params = {"kernel": jnp.ones((2, 2))}
-    with jax.numpy_dtype_promotion("standard"):
-        state = names["optimizer"].init(params)
-        updates, _ = jax.jit(names["optimizer"].update)(params, state, params)
-    assert float(jnp.abs(updates["kernel"]).sum()) > 0
+    for name in ("optimizer", "sparse"):
+        with jax.numpy_dtype_promotion("standard"):
+            state = names[name].init(params)
+            updates, _ = jax.jit(names[name].update)(params, state, params)
+        assert float(jnp.abs(updates["kernel"]).sum()) > 0
 
 
 def test_the_example_of_low_rank_adaptation_runs():
