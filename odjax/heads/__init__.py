@@ -1,0 +1,1 @@
+"""Heads: fixed classifiers, pooling of tokens, and what they read from the features."""
