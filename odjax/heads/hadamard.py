@@ -1,0 +1,219 @@
+"""Stacked sign-flipped Hadamard bases: a code of any number of classes that is computed and never stored.
+
+Block b holds the d columns of D_b H / sqrt(d), with H the d x d Walsh-Hadamard matrix H[i, j] =
+(-1)^popcount(i & j) and D_b random signs from `fold_in(key, b)`. Class k is column k mod d of block k // d.
+
+Logits need no column. With i = (i_hi, i_lo), j = (j_hi, j_lo) and w the number of values of j_lo,
+
+    sqrt(d) h . w_k = sum_{i_lo} H_w[j_lo, i_lo] sum_{i_hi} H_{d/w}[j_hi, i_hi] D_b[i_hi, i_lo] h[i_hi, i_lo]
+
+so that w classes share everything but the last sum: d / w + w operations a class (2 sqrt(d) at best) in two
+matrix products instead of d in one, and log2(d) for w = d with the butterflies of radix 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# As wide as the matrix units of TPUs.
+WIDTH = 128
+
+
+def is_power_of_two(n: int) -> bool:
+    """Whether n is 1, 2, 4, ..."""
+    return n > 0 and n & (n - 1) == 0
+
+
+def walsh_matrix(n: int) -> np.ndarray:
+    """The Walsh-Hadamard matrix in natural order, int8 [n, n] of 1 and -1; n a power of two.
+
+    Example:
+      >>> walsh_matrix(2)
+      array([[ 1,  1],
+             [ 1, -1]], dtype=int8)
+    """
+    index = np.arange(n, dtype=np.uint32)
+    return (1 - 2 * (np.bitwise_count(index[:, None] & index[None, :]) & 1)).astype(np.int8)
+
+
+def walsh_hadamard(x: jax.Array, *, radix: int = WIDTH) -> jax.Array:
+    """The fast Walsh-Hadamard transform of the last axis, not normalized: y = H x, and H H = n I.
+
+    n is split into factors of at most `radix`, H into a Kronecker product of as many small matrices: n
+    (r - 1) additions a factor r. Radix 2 is the butterfly, n log2(n) additions in all; a large radix has
+    fewer passes over memory, as matrix products.
+
+    Args:
+      x: [..., n], n a power of two; bfloat16 is summed in float32 and rounded once a factor.
+      radix: largest factor, a power of two above 1.
+
+    Returns:
+      [..., n] in the dtype of `x`.
+
+    Raises:
+      ValueError: n or the radix is no power of two.
+
+    Source: Fino and Algazi 1976, "Unified Matrix Treatment of the Fast Walsh-Hadamard Transform".
+
+    Example:
+      >>> walsh_hadamard(jnp.array([1.0, 0.0, 0.0, 1.0]))
+      Array([2., 0., 0., 2.], dtype=float32)
+    """
+    n = x.shape[-1]
+    if not is_power_of_two(n):
+        raise ValueError(f"the last axis must be a power of two, got shape {x.shape}")
+    if radix < 2 or not is_power_of_two(radix):
+        raise ValueError(f"radix must be 2, 4, 8, ..., got {radix}")
+    shape, right = x.shape, 1
+    while right < n:
+        factor = min(radix, n // right)
+        left = n // (right * factor)
+        y = jnp.reshape(x, (*shape[:-1], left, factor, right))
+        if factor == 2:
+            a, b = y[..., 0, :], y[..., 1, :]
+            y = jnp.stack([a + b, a - b], axis=-2)
+        else:
+            y = _dot("fg,...gr->...fr", jnp.asarray(walsh_matrix(factor), x.dtype), y)
+        x, right = jnp.reshape(y, shape), right * factor
+    return x
+
+
+def _dot(equation: str, signs: jax.Array, x: jax.Array) -> jax.Array:
+    """A product with signs, accumulated in float32 at least and rounded to the dtype of x."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    out = jnp.einsum(equation, signs, x, precision=precision, preferred_element_type=wide)
+    return out.astype(x.dtype)
+
+
+def block_signs(key: jax.Array, blocks: jax.Array, dim: int) -> jax.Array:
+    """The diagonals D_b.
+
+    Args:
+      key: a typed key.
+      blocks: numbers of blocks, int32 [n].
+      dim: a power of two.
+
+    Returns:
+      bool [n, dim], True for a minus. A row depends on the key and the number of its block alone.
+    """
+    words = -(-dim // 32)
+    drawn = jax.vmap(lambda b: jax.random.bits(jax.random.fold_in(key, b), (words,), jnp.uint32))(blocks)
+    place = jnp.arange(32, dtype=jnp.uint32)
+    bits = (drawn[:, :, None] >> place[None, None, :]) & 1
+    return jnp.reshape(bits, (blocks.shape[0], words * 32))[:, :dim] == 1
+
+
+def hadamard_columns(key: jax.Array | None, classes: jax.Array, dim: int) -> jax.Array:
+    """Columns of the code, each computed from its number.
+
+    Args:
+      key: of the signs; None: no signs, for the first `dim` classes.
+      classes: int32 [n].
+      dim: a power of two.
+
+    Returns:
+      float32 [n, dim], of length 1.
+    """
+    i = jnp.arange(dim, dtype=jnp.uint32)
+    j = (classes % dim).astype(jnp.uint32)
+    minus = (jax.lax.population_count(i[None, :] & j[:, None]) & 1) == 1
+    if key is not None:
+        minus = minus ^ block_signs(key, classes // dim, dim)
+    unit = jnp.float32(1 / math.sqrt(dim))
+    return jnp.where(minus, -unit, unit)
+
+
+def hadamard_width(classes: int, dim: int, width: int = WIDTH) -> int:
+    """How many neighbouring classes can share their partial sums.
+
+    Args:
+      classes: that are computed together: all of them, or those of one shard.
+      dim: a power of two.
+      width: at most as many.
+
+    Returns:
+      The largest power of two up to `width` that divides both.
+
+    Example:
+      >>> hadamard_width(32000, 4096), hadamard_width(32000, 64), hadamard_width(10, 64)
+      (128, 64, 2)
+    """
+    common = math.gcd(classes, dim)
+    return min(common & -common, 1 << (width.bit_length() - 1))
+
+
+def hadamard_group_logits(
+    key: jax.Array | None, h: jax.Array, groups: jax.Array, width: int, *, radix: int = WIDTH
+) -> jax.Array:
+    """Logits of some groups of neighbouring classes, in the layout in which they come out.
+
+    Args:
+      key: as in `hadamard_columns`.
+      h: features [n, d], d a power of two.
+      groups: int32 [g]; group s holds the classes s * width to (s + 1) * width - 1.
+      width: a power of two that divides d.
+      radix: of the last transform.
+
+    Returns:
+      [n, g, width] in the dtype of `h`.
+    """
+    count, dim = h.shape
+    left = dim // width
+    classes = groups * width
+    i_hi = jnp.arange(left, dtype=jnp.uint32)
+    j_hi = ((classes % dim) // width).astype(jnp.uint32)
+    minus = (jax.lax.population_count(i_hi[None, :] & j_hi[:, None]) & 1) == 1
+    minus = jnp.broadcast_to(minus[:, :, None], (groups.shape[0], left, width))
+    if key is not None:
+        minus = minus ^ jnp.reshape(block_signs(key, classes // dim, dim), minus.shape)
+    signs = jnp.where(minus, -1, 1).astype(h.dtype)
+    x = jnp.reshape(h, (count, left, width)) * jnp.asarray(1 / math.sqrt(dim), h.dtype)
+    if left == 1:
+        sums = signs[None, :, 0] * x
+    else:
+        sums = _dot("gip,nip->ngp", signs, x)
+    return walsh_hadamard(sums, radix=radix)
+
+
+def hadamard_logits(
+    key: jax.Array | None, h: jax.Array, num_classes: int, *, width: int | None = None, radix: int = WIDTH
+) -> jax.Array:
+    """Products of features with all columns of the code, without the code.
+
+    Args:
+      key: as in `hadamard_columns`.
+      h: features [..., d], d a power of two.
+      num_classes: K.
+      width: classes that share their partial sums, a power of two that divides K and d; None:
+        `hadamard_width(K, d)`. The operations are K (d / width) and those of K / width transforms.
+      radix: of these transforms; `width=d, radix=2` is the butterfly, K log2(d) additions.
+
+    Returns:
+      [..., K] in the dtype of `h`.
+
+    Raises:
+      ValueError: d is no power of two, or the width does not divide K and d.
+
+    Example:
+      >>> h = jnp.array([[3.0, 1.0]])
+      >>> hadamard_logits(None, h, 2) * 2**0.5
+      Array([[4., 2.]], dtype=float32)
+    """
+    dim = h.shape[-1]
+    if not is_power_of_two(dim):
+        raise ValueError(f"a Hadamard code needs features of a width that is a power of two, got {h.shape}")
+    width = hadamard_width(num_classes, dim) if width is None else width
+    if not is_power_of_two(width) or num_classes % width or dim % width:
+        raise ValueError(
+            f"width must be a power of two that divides the {num_classes} classes and the dimension {dim}, "
+            f"got {width}"
+        )
+    groups = jnp.arange(num_classes // width, dtype=jnp.int32)
+    flat = jnp.reshape(h, (math.prod(h.shape[:-1]), dim))
+    out = hadamard_group_logits(key, flat, groups, width, radix=radix)
+    return jnp.reshape(out, (*h.shape[:-1], num_classes))

@@ -1,0 +1,291 @@
+"""Cross-entropy over vocabularies: classes in chunks, chunks over a mesh axis, no logit kept.
+
+A fixed code has no gradient, so all that a training step needs of its K logits a token are the log-sum-exp,
+the target's logit, and the gradient of the features. Both passes go over the classes in chunks and make the
+logits of a chunk (and the columns of the code, where there are any) anew: memory is that of one chunk instead
+of tokens x K. On a mesh axis every shard has its own range of classes, built from its index; what crosses the
+axis are the maximum, the sum of exponentials and the target's logit of a token, and the sum of the gradients
+of the features (Shoeybi et al. 2019, "Megatron-LM", section 3).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from odjax.heads.codes import ClassCode
+from odjax.heads.hadamard import hadamard_group_logits, hadamard_width
+
+CHUNK = 8192
+
+
+class TokenLosses(NamedTuple):
+    """Of every token: cross-entropy in nats (float32), and whether the target has the largest logit (bool).
+
+    Where several classes have the largest logit, the first one is taken for the answer.
+    """
+
+    loss: jax.Array
+    correct: jax.Array
+
+
+class _Plan(NamedTuple):
+    """What is static: the code, the scale, and how the classes are cut up."""
+
+    code: ClassCode
+    scale: float
+    shards: int
+    steps: int
+    chunk: int
+    width: int
+    mesh: Mesh | AbstractMesh | None
+    axis: str | None
+
+
+def code_cross_entropy(
+    features: jax.Array,
+    labels: jax.Array,
+    code: ClassCode,
+    *,
+    scale: float = 1.0,
+    chunk: int = CHUNK,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis: str | None = None,
+) -> TokenLosses:
+    """Softmax cross-entropy of scale * features . code for a code that is made while it is used.
+
+    Args:
+      features: [..., d] floating point, in the dtype in which products are multiplied (sums are float32).
+      labels: int32 [...], in [0, K). Traced ones are not checked: outside, the loss is the log-sum-exp.
+      code: whose columns can be made from their numbers (`ClassCode.by_number`).
+      scale: inverse temperature.
+      chunk: classes at a time, of one shard.
+      mesh: of `axis`; None: the mesh in force, of `jax.set_mesh`.
+      axis: mesh axis that the classes are divided over, of type Auto; it must divide their number. None: no
+        division.
+
+    Returns:
+      Loss and correctness, [...]. The gradient is that of the features alone.
+
+    Raises:
+      TypeError: labels that are no integers.
+      ValueError: features that do not fit the code or the labels, labels outside [0, K), a scale or a chunk
+        that is not positive, a code whose vectors are made together, an axis that the mesh does not have or
+        that does not divide the classes.
+
+    Source: Shoeybi et al. 2019, arXiv 1909.08053, section 3, for the division of the loss; that nothing is
+      stored is ours.
+
+    Example:
+      >>> code = ClassCode(1000, 64, "hadamard")
+      >>> code_cross_entropy(jnp.zeros((2, 64)), jnp.array([0, 999]), code).loss
+      Array([6.9077554, 6.9077554], dtype=float32)
+    """
+    check_labels(labels, code.num_classes, features)
+    if features.shape[-1] != code.dim:
+        raise ValueError(f"features must be [..., {code.dim}] for {code}, got shape {features.shape}")
+    if not scale > 0 or not math.isfinite(scale):
+        raise ValueError(f"scale must be a positive number, got {scale}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if not code.by_number:
+        raise ValueError(f"the vectors of {code} are made together: take the logits of its matrix()")
+    shards = 1
+    if axis is not None:
+        mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+        shards = _size(mesh, axis, code.num_classes)
+    mine = code.num_classes // shards
+    width = hadamard_width(mine, code.dim) if code.kind == "hadamard" else 1
+    size = max(1, min(chunk, mine) // width) * width
+    plan = _Plan(code, float(scale), shards, -(-mine // size), size, width, mesh, axis)
+    flat = jnp.reshape(features, (math.prod(labels.shape), code.dim))
+    loss, correct = _losses(plan, flat, jnp.reshape(labels, (-1,)).astype(jnp.int32))
+    return TokenLosses(jnp.reshape(loss, labels.shape), jnp.reshape(correct, labels.shape))
+
+
+def check_labels(labels: jax.Array, num_classes: int, features: jax.Array | None = None) -> None:
+    """Raises for labels that are no integers, do not fit the features, or are no class.
+
+    Args:
+      labels: [...], concrete or traced.
+      num_classes: K.
+      features: [..., d], or None.
+
+    Raises:
+      TypeError: labels that are no integers.
+      ValueError: labels of another shape than features[..., 0], or outside [0, K) in a concrete array.
+    """
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise TypeError(f"labels must be integers, got {jnp.result_type(labels)}")
+    if features is not None and features.shape[:-1] != jnp.shape(labels):
+        raise ValueError(f"features [..., d] and labels [...] differ: {features.shape}, {jnp.shape(labels)}")
+    known = not isinstance(labels, jax.core.Tracer) and getattr(labels, "is_fully_addressable", True)
+    if known and jnp.size(labels):
+        low, high = (int(extreme(np.asarray(labels))) for extreme in (np.min, np.max))
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels must be in [0, {num_classes}), got {low if low < 0 else high}")
+
+
+def _size(mesh: Mesh | AbstractMesh, axis: str, classes: int) -> int:
+    if mesh.empty or axis not in mesh.shape:
+        have = "no mesh is in force" if mesh.empty else f"it has {', '.join(map(repr, mesh.shape))}"
+        raise ValueError(f"the mesh has no axis {axis!r} ({have}): type mesh=, or jax.set_mesh(mesh)")
+    kind = mesh.axis_types[mesh.axis_names.index(axis)]
+    if kind == AxisType.Explicit:
+        raise ValueError(f"the mesh axis {axis!r} must be of type Auto, got {kind.name}")
+    if classes % mesh.shape[axis]:
+        raise ValueError(f"the {mesh.shape[axis]} shards of axis {axis!r} do not divide {classes} classes")
+    return mesh.shape[axis]
+
+
+def _chunk_logits(
+    plan: _Plan, h: jax.Array, shard: jax.Array, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits float32 [n, chunk] of a chunk of a shard's classes without the scale, and their numbers [chunk].
+
+    Numbers of classes beyond the shard's are -1.
+    """
+    code = plan.code
+    mine = code.num_classes // plan.shards
+    own = step * plan.chunk + jnp.arange(plan.chunk, dtype=jnp.int32)
+    classes = jnp.where(own < mine, shard * mine + own, -1)
+    if code.kind == "hadamard":
+        first = (shard * mine + step * plan.chunk) // plan.width
+        groups = first + jnp.arange(plan.chunk // plan.width, dtype=jnp.int32)
+        logits = hadamard_group_logits(code.key, h, groups, plan.width)
+        logits = jnp.reshape(logits, (h.shape[0], plan.chunk)).astype(_wide(h))
+    else:
+        columns = code.columns(jnp.maximum(classes, 0)).astype(h.dtype)
+        logits = jnp.einsum("nd,cd->nc", h, columns, preferred_element_type=_wide(h), precision=_exact(h))
+    return logits, classes
+
+
+def _wide(h: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(h.dtype, jnp.float32)
+
+
+def _exact(h: jax.Array) -> jax.lax.Precision | None:
+    return None if h.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+
+
+class _Seen(NamedTuple):
+    """What the chunks so far say of every token [n]."""
+
+    largest: jax.Array
+    answer: jax.Array  # the first class with the largest logit
+    total: jax.Array  # sum of exp(logit - largest)
+    target: jax.Array  # the target's logit; 0 before its chunk
+
+
+def _observe(plan: _Plan, h: jax.Array, labels: jax.Array, shard: jax.Array) -> _Seen:
+    """The classes of one shard."""
+    wide = _wide(h)
+
+    def add(seen: _Seen, step: jax.Array) -> tuple[_Seen, None]:
+        logits, classes = _chunk_logits(plan, h, shard, step)
+        logits = jnp.where((classes >= 0)[None], logits * jnp.asarray(plan.scale, wide), -jnp.inf)
+        best = jnp.argmax(logits, axis=1)
+        high = jnp.max(logits, axis=1)
+        largest = jnp.maximum(seen.largest, high)
+        fresh = jnp.sum(jnp.exp(logits - largest[:, None]), axis=1)
+        hit = classes[None] == labels[:, None]
+        return _Seen(
+            largest,
+            jnp.where(high > seen.largest, classes[best], seen.answer),
+            seen.total * jnp.exp(seen.largest - largest) + fresh,
+            seen.target + jnp.sum(jnp.where(hit, logits, 0), axis=1),
+        ), None
+
+    none = jnp.full(labels.shape, -jnp.inf, wide)
+    zero = jnp.zeros(labels.shape, wide)
+    start = _Seen(none, jnp.full(labels.shape, -1, jnp.int32), zero, zero)
+    return _over_chunks(plan, add, start)
+
+
+def _over_chunks(plan: _Plan, add: Callable[[Any, jax.Array], tuple[Any, None]], start: Any) -> Any:
+    if plan.steps == 1:
+        return add(start, jnp.int32(0))[0]
+    return jax.lax.scan(add, start, jnp.arange(plan.steps, dtype=jnp.int32))[0]
+
+
+def _divided(plan: _Plan, body: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the number of the shard as its first argument, on every shard of the axis."""
+    if plan.axis is None:
+        return functools.partial(body, jnp.int32(0))
+    return jax.shard_map(
+        lambda *arrays: body(jax.lax.axis_index(plan.axis), *arrays),
+        mesh=plan.mesh,
+        in_specs=P(),
+        out_specs=P(),
+        axis_names={plan.axis},
+        check_vma=False,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _summary(plan: _Plan, h: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-sum-exp, target's logit and answer of every token."""
+
+    def body(shard: jax.Array, h: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        seen = _observe(plan, h, labels, shard)
+        if plan.axis is None:
+            return seen.largest + jnp.log(seen.total), seen.target, seen.answer
+        largest = jax.lax.pmax(seen.largest, plan.axis)
+        total = jax.lax.psum(seen.total * jnp.exp(seen.largest - largest), plan.axis)
+        # The first class with the largest logit, over all shards.
+        none = jnp.int32(plan.code.num_classes)
+        answer = jax.lax.pmin(jnp.where(seen.largest == largest, seen.answer, none), plan.axis)
+        return largest + jnp.log(total), jax.lax.psum(seen.target, plan.axis), answer
+
+    return _divided(plan, body)(h, labels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(
+    plan: _Plan, h: jax.Array, labels: jax.Array, normalizer: jax.Array, weight: jax.Array
+) -> jax.Array:
+    """Of sum_i weight_i loss_i with respect to the features."""
+
+    def body(
+        shard: jax.Array, h: jax.Array, labels: jax.Array, normalizer: jax.Array, weight: jax.Array
+    ) -> jax.Array:
+        wide = _wide(h)
+
+        def add(total: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+            logits, back, classes = jax.vjp(lambda h: _chunk_logits(plan, h, shard, step), h, has_aux=True)
+            scaled = logits * jnp.asarray(plan.scale, wide) - normalizer[:, None]
+            share = jnp.where((classes >= 0)[None], jnp.exp(scaled), 0)
+            hit = (classes[None] == labels[:, None]).astype(wide)
+            (one,) = back((share - hit) * (weight * jnp.asarray(plan.scale, wide))[:, None])
+            return total + one.astype(wide), None
+
+        total = _over_chunks(plan, add, jnp.zeros(h.shape, wide))
+        return total if plan.axis is None else jax.lax.psum(total, plan.axis)
+
+    return _divided(plan, body)(h, labels, normalizer, weight).astype(h.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(plan: _Plan, h: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _forward(plan, h, labels)[0]
+
+
+def _forward(plan: _Plan, h: jax.Array, labels: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    normalizer, target, answer = _summary(plan, h, labels)
+    return (normalizer - target, answer == labels), (h, labels, normalizer)
+
+
+def _backward(plan: _Plan, kept: Any, cotangents: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
+    h, labels, normalizer = kept
+    return _gradient(plan, h, labels, normalizer, cotangents[0]), None
+
+
+_losses.defvjp(_forward, _backward)
