@@ -6,6 +6,7 @@ from odjax.io.huggingface import load_vit as load_vit
 from odjax.io.model_names import BERT as BERT
 from odjax.io.model_names import BERT_CLASSIFIER as BERT_CLASSIFIER
 from odjax.io.model_names import DINOV2 as DINOV2
+from odjax.io.model_names import RESNET as RESNET
 from odjax.io.model_names import VIT as VIT
 from odjax.io.model_names import VIT_CLASSIFIER as VIT_CLASSIFIER
 from odjax.io.names import names_of as names_of
@@ -19,7 +20,9 @@ from odjax.io.peft import export_peft as export_peft
 from odjax.io.peft import import_peft as import_peft
 from odjax.io.peft import load_peft as load_peft
 from odjax.io.peft import save_peft as save_peft
+from odjax.io.resnet import load_resnet as load_resnet
 from odjax.io.safetensors import load_safetensors as load_safetensors
 from odjax.io.safetensors import load_shards as load_shards
 from odjax.io.safetensors import safetensors_metadata as safetensors_metadata
 from odjax.io.safetensors import save_safetensors as save_safetensors
+from odjax.io.torch_checkpoint import load_torch_checkpoint as load_torch_checkpoint

@@ -1,4 +1,4 @@
-"""Names of the models of `transformers` and paths of ours, see `odjax.io.path_map`.
+"""Names of the models of `transformers`, of residual networks, and paths of ours, see `odjax.io.path_map`.
 
 Llama's are in `odjax.io.path_map.LLAMA`.
 """
@@ -107,3 +107,28 @@ DINOV2_SWIGLU = PathMap(
     ignore=DINOV2.ignore,
 )
 """The same with SwiGLU; the gate and the other matrix have names of their own."""
+
+_BLOCK = ("layer{s}.{i}", "stage_{s}_block_{i}")
+_RESNET_NORMS = (
+    ("bn1", "stem_norm"),
+    (f"{_BLOCK[0]}.bn{{n}}", f"{_BLOCK[1]}/norm_{{n}}"),
+    (f"{_BLOCK[0]}.shortcut.1", f"{_BLOCK[1]}/shortcut_norm"),
+)
+
+RESNET = PathMap(
+    (
+        Pair("conv1", "params/stem", "conv"),
+        Pair(f"{_BLOCK[0]}.conv{{n}}", f"params/{_BLOCK[1]}/conv_{{n}}", "conv"),
+        Pair(f"{_BLOCK[0]}.shortcut.0", f"params/{_BLOCK[1]}/shortcut", "conv"),
+        *(Pair(torch, f"params/{flax}", "norm") for torch, flax in _RESNET_NORMS),
+        *(
+            Pair(f"{torch}.running_{name}", f"batch_stats/{flax}/{name}", "parameter")
+            for torch, flax in _RESNET_NORMS
+            for name in ("mean", "var")
+        ),
+        Pair("linear", "params/head"),
+    ),
+    ignore=(r".*\.num_batches_tracked",),
+)
+"""Names that are usual for the CIFAR family in PyTorch, and the variables of `odjax.models.ResNet`, of both
+collections: {"params": ..., "batch_stats": ...}."""

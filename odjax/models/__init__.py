@@ -10,6 +10,7 @@ from odjax.models.feedforward import FeedForward, SwiGLU
 from odjax.models.generate import generate, keep_top, sample, translate
 from odjax.models.mlp import MLP
 from odjax.models.norms import LayerNorm, RMSNorm
+from odjax.models.resnet import ResNet, resnet
 from odjax.models.rotary import RotaryScaling
 from odjax.models.stack import REMAT_POLICIES, stack_layers, unstack_layers
 from odjax.models.vit import Tokens, ViT, vit
@@ -26,6 +27,7 @@ __all__ = [
     "FeedForward",
     "LayerNorm",
     "RMSNorm",
+    "ResNet",
     "RotaryScaling",
     "SwiGLU",
     "Tokens",
@@ -39,6 +41,7 @@ __all__ = [
     "generate",
     "keep_top",
     "parameter_count",
+    "resnet",
     "sample",
     "segment_mask",
     "stack_layers",
