@@ -65,7 +65,7 @@ class Bert(nn.Module):
     Parameters: `embed/embedding` [vocab, width], `positions/embedding` [max_length, width],
     `types/embedding` [token_types, width], `embed_norm`, `layers/...` with a first axis of `layers`
     (`attn/(q|k|v|o)/(kernel|bias)`, `attn_norm`, `mlp/(up|down)/(kernel|bias)`, `mlp_norm`), `pooler` with
-    pooling "pooler", `head` with classes.
+    pooling "pooler", `pooling/...` with a module that has parameters, `head` with classes.
 
     The probabilities of attention are not dropped while training, residuals and embeddings are.
 
@@ -78,8 +78,10 @@ class Bert(nn.Module):
         max_length: rows of the position table, the longest text.
         token_types: rows of the table of segments (first and second text of a pair).
         classes: outputs of the head; None: pooled features come out.
-        pooling: "mean" over the tokens of the mask, "cls" (the first token), or "pooler" (the first token
-            through a layer with tanh, as BERT classifies).
+        pooling: "mean" over the tokens of the mask, "cls" (the first token), "pooler" (the first token
+            through a layer with tanh, as BERT classifies), or a module, called as
+            `pooling(features, cls=first_token, mask=mask)`, which gives what the head sees, [B, features];
+            it gets the mask as bool, or None.
         activation: a key of `odjax.models.feedforward.ACTIVATIONS`.
         dropout: probability of dropping a unit of embeddings, residuals and pooled features while training;
             key "dropout".
@@ -92,6 +94,7 @@ class Bert(nn.Module):
 
     Raises:
         ValueError: at construction, for sizes that do not fit together.
+        TypeError: at construction, for a `pooling` that is neither a name nor a module.
 
     Example:
         >>> model = bert("tiny", classes=2)
@@ -108,7 +111,7 @@ class Bert(nn.Module):
     max_length: int = 512
     token_types: int = 2
     classes: int | None = None
-    pooling: str = "mean"
+    pooling: str | nn.Module = "mean"
     activation: str = "gelu"
     dropout: float = 0.0
     norm_eps: float = 1e-12
@@ -125,8 +128,15 @@ class Bert(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if isinstance(self.pooling, str) and self.pooling not in POOLINGS:
+            raise ValueError(
+                f"pooling must be one of {', '.join(POOLINGS)}, or a module, got {self.pooling!r}"
+            )
+        if not isinstance(self.pooling, (str, nn.Module)):
+            raise TypeError(
+                f"pooling must be one of {', '.join(POOLINGS)}, or a module called as "
+                f"pooling(tokens, cls=, mask=), got {self.pooling!r}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         activation_named(self.activation)
@@ -169,7 +179,7 @@ class Bert(nn.Module):
             train: whether dropout is on.
 
         Returns:
-            Logits [B, classes] float32, or pooled features [B, width] float32 without classes.
+            Logits [B, classes] float32, or without classes what `pooled` gives, float32.
 
         Raises:
             ValueError: for texts above `max_length`, or a mask or types of another shape than `tokens`.
@@ -217,8 +227,11 @@ class Bert(nn.Module):
             mask: like `__call__`.
 
         Returns:
-            [B, width] in the dtype of `features`.
+            [B, width] in the dtype of `features`, or what a module gives.
         """
+        if isinstance(self.pooling, nn.Module):
+            kept = None if mask is None else mask.astype(bool)
+            return self.pooling(features, cls=features[:, 0], mask=kept)
         if self.pooling == "mean":
             return _masked_mean(features, mask).astype(features.dtype)
         first = features[:, 0]

@@ -91,7 +91,7 @@ class ViT(nn.Module):
     Parameters: `patch/(kernel|bias)`, `cls` [1, width], `registers` [registers, width], `positions`
     [1 + patches, width] (the class token's first), `layers/...` with a first axis of `layers` (`attn_norm`,
     `attn/(q|k|v|o)`, `attn_scale`, `mlp_norm`, `mlp/(up|down)` or `mlp/(gate|up|down)`, `mlp_scale`), `norm`,
-    `head`.
+    `head`, and `pool/...` with a module that has parameters.
 
     Attributes:
         image: height and width of the images that the position table is made for, multiples of `patch`.
@@ -104,7 +104,8 @@ class ViT(nn.Module):
         channels: of the images.
         activation: a key of `odjax.models.feedforward.ACTIVATIONS`, or "swiglu".
         registers: number of register tokens.
-        pool: "cls", "mean" (over patches) or "cls+mean" (both, concatenated).
+        pool: "cls", "mean" (over patches), "cls+mean" (both, concatenated), or a module, called as
+            `pool(patches, cls=class_token, mask=None)`, which gives what the head sees, [B, features].
         layer_scale: initial value of LayerScale, or None for none.
         interpolation: how positions reach another size of image, a key of
             `odjax.models.positions.INTERPOLATIONS`; None: another size is an error.
@@ -120,6 +121,7 @@ class ViT(nn.Module):
 
     Raises:
         ValueError: at construction, for sizes that do not fit together.
+        TypeError: at construction, for a `pool` that is neither a name nor a module.
 
     Example:
         >>> model = vit("tiny-digits", classes=10)
@@ -137,7 +139,7 @@ class ViT(nn.Module):
     channels: int = 3
     activation: str = "gelu"
     registers: int = 0
-    pool: str = "cls"
+    pool: str | nn.Module = "cls"
     layer_scale: float | None = None
     interpolation: str | None = None
     dropout: float = 0.0
@@ -155,8 +157,13 @@ class ViT(nn.Module):
             raise ValueError(f"image {self.image[0]}x{self.image[1]} is not a multiple of patch {self.patch}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
-        if self.pool not in POOLS:
-            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}")
+        if isinstance(self.pool, str) and self.pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}, or a module, got {self.pool!r}")
+        if not isinstance(self.pool, (str, nn.Module)):
+            raise TypeError(
+                f"pool must be one of {', '.join(POOLS)}, or a module called as pool(tokens, cls=, mask=), "
+                f"got {self.pool!r}"
+            )
         if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
             raise ValueError(
                 f"interpolation is one of None, {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}"
@@ -188,7 +195,7 @@ class ViT(nn.Module):
             train: whether dropout and stochastic depth are on.
 
         Returns:
-            Logits [B, classes] float32, or pooled features [B, width or 2 width] float32 without classes.
+            Logits [B, classes] float32, or without classes what `pooled` gives, float32.
 
         Raises:
             ValueError: for images of the wrong size or number of channels.
@@ -205,8 +212,10 @@ class ViT(nn.Module):
             tokens: from `features`.
 
         Returns:
-            [B, width], or [B, 2 width] with pool "cls+mean".
+            [B, width], [B, 2 width] with pool "cls+mean", or what a module gives.
         """
+        if isinstance(self.pool, nn.Module):
+            return self.pool(tokens.patches, cls=tokens.cls, mask=None)
         if self.pool == "cls":
             return tokens.cls
         mean = jnp.mean(tokens.patches.astype(jnp.float32), axis=1).astype(tokens.patches.dtype)

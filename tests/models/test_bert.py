@@ -257,7 +257,7 @@ def test_losses_do_not_depend_on_the_mesh(texts):
     [
         ({"heads": 3}, "width must be a multiple of heads, got 16 and 3"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
-        ({"pooling": "max"}, "pooling must be one of mean, cls, pooler, got 'max'"),
+        ({"pooling": "max"}, "pooling must be one of mean, cls, pooler, or a module, got 'max'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"activation": "gelu_new"}, "activation must be one of relu, gelu"),
         ({"remat": "all"}, "remat must be one of none"),

@@ -222,7 +222,7 @@ def test_images_that_do_not_fit_are_refused(params, shape, interpolation, messag
     [
         ({"image": (5, 4)}, "image 5x4 is not a multiple of patch 2"),
         ({"heads": 3}, "width must be a multiple of heads, got 8 and 3"),
-        ({"pool": "max"}, r"pool must be one of cls, mean, cls\+mean, got 'max'"),
+        ({"pool": "max"}, r"pool must be one of cls, mean, cls\+mean, or a module, got 'max'"),
         ({"interpolation": "linear"}, "bicubic_offset, bicubic, bicubic_antialias, got 'linear'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"activation": "swish"}, "activation must be one of"),
