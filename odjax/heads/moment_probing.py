@@ -155,7 +155,7 @@ class MHC3(nn.Module):
             z = jnp.swapaxes(z.reshape(*z.shape[:-1], m, self.heads), -1, -2)
         else:
             z = z.reshape(*z.shape[:-1], self.heads, m)
-        z = _layer_norm(self.norm_eps, **dtypes, name="norm")(z)
+        z = _normalized(_layer_norm(self.norm_eps, **dtypes, name="norm"), z, self.dtype)
         s = column_normalize(cross_moments(z, self.pairs, self.center, mask, self.axis_name))
         maps = s.shape[-3]
         s = jnp.moveaxis(s.astype(self.dtype), -3, -1)  # convolutions want [..., rows, columns, maps]
@@ -181,9 +181,9 @@ class MomentProbe(nn.Module):
     differentiated. Its parameters must not be trained either (weight decay would still move them): see
     `odjax.core.partition`.
 
-    Parameters: `moments/...` as in `MHC3`, `first/(kernel|bias)`, `second/(kernel|bias)`, and with first_order
-    "mean_norm" `norm/(scale|bias)`. Both classifiers start at zero. Second moments overfit with few labels:
-    keep weight decay on `second/kernel` (the paper: 0.05).
+    Parameters: `moments/...` as in `MHC3`, `first/(kernel|bias)`, `second/(kernel|bias)`, and with
+    first_order "mean_norm" `norm/(scale|bias)`. Both classifiers start at zero. Second moments overfit with
+    few labels: keep weight decay on `second/kernel` (the paper: 0.05).
 
     Attributes:
       num_classes: outputs.
@@ -306,9 +306,9 @@ class MomentProbe(nn.Module):
         if self.first_order == "cls":
             first = _class_token(tokens, cls)
         else:
-            first = token_mean(tokens, mask, self.axis_name).astype(tokens.dtype)
+            first = token_mean(tokens, mask, self.axis_name)
         if self.first_order == "mean_norm":
-            first = self.norm(first)
+            first = _normalized(self.norm, first, self.dtype)
         logits = self.first(first), self.second(self.moments(tokens, mask=mask))
         return logits[0].astype(jnp.float32), logits[1].astype(jnp.float32)
 
@@ -320,15 +320,25 @@ def _named(init: nn.initializers.Initializer, *names: str | None) -> Callable[..
 def _layer_norm(
     eps: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str | None = None
 ) -> nn.LayerNorm:
+    """A LayerNorm for `_normalized`: it computes in the dtype of the statistics from beginning to end."""
     return nn.LayerNorm(
         eps,
         use_fast_variance=False,
-        dtype=dtype,
+        force_float32_reductions=False,
+        dtype=_wide(dtype),
         param_dtype=param_dtype,
         scale_init=_named(nn.initializers.ones, "norm"),
         bias_init=_named(nn.initializers.zeros, "norm"),
         name=name,
     )
+
+
+def _normalized(norm: nn.LayerNorm, x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return norm(x.astype(_wide(dtype))).astype(dtype)
+
+
+def _wide(dtype: DTypeLike) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def _inert(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
