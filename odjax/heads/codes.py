@@ -144,11 +144,10 @@ def class_code(
       ours.
 
     Example:
-      >>> code = class_code(None, 3, 2, "orthoplex")
-      >>> code.T
+      >>> class_code(None, 3, 2, "orthoplex").T
       Array([[ 1.,  0.],
              [ 0.,  1.],
-             [-1., -0.]], dtype=float32)
+             [-1.,  0.]], dtype=float32)
     """
     if key is not None:
         check_key(key)

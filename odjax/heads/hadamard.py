@@ -200,9 +200,8 @@ def hadamard_logits(
       ValueError: d is no power of two, or the width does not divide K and d.
 
     Example:
-      >>> h = jnp.array([[3.0, 1.0]])
-      >>> hadamard_logits(None, h, 2) * 2**0.5
-      Array([[4., 2.]], dtype=float32)
+      >>> hadamard_logits(None, jnp.array([2.0, 1.0, 0.0, 1.0]), 4)
+      Array([2., 0., 1., 1.], dtype=float32)
     """
     dim = h.shape[-1]
     if not is_power_of_two(dim):
