@@ -20,6 +20,7 @@ from odjax.models.dense import matrix_dot
 from odjax.models.embedding import embedding_init, table_by_vocab
 from odjax.models.feedforward import FeedForward, activation_named
 from odjax.models.norms import LayerNorm
+from odjax.models.recalibration import Recalibration, add_residual, check_recalibration
 from odjax.models.stack import check_remat, run_layers
 
 POOLINGS = ("mean", "cls", "pooler")
@@ -37,6 +38,7 @@ class BertLayer(nn.Module):
     train: bool
     dtype: DTypeLike
     param_dtype: DTypeLike
+    recalibration: Recalibration | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -55,7 +57,8 @@ class BertLayer(nn.Module):
         )(x, mask=mask)
         x = LayerNorm(self.norm_eps, **dtypes, name="attn_norm")(x + drop(h))
         h = FeedForward(self.mlp_width, self.activation, **dtypes, name="mlp")(x)
-        x = LayerNorm(self.norm_eps, **dtypes, name="mlp_norm")(x + drop(h))
+        x = add_residual(x, drop(h), self.recalibration, **dtypes)
+        x = LayerNorm(self.norm_eps, **dtypes, name="mlp_norm")(x)
         return constrain(x, "batch", "length", "act_embed")
 
 
@@ -91,6 +94,9 @@ class Bert(nn.Module):
         scan: whether layers are scanned.
         dtype: of the computation; logits are float32.
         param_dtype: of the parameters.
+        recalibration: makes a module of each layer, named `psrp`, that scales and shifts the residual of the
+            feed-forward layer, see `odjax.models.recalibration`; for example
+            `functools.partial(odjax.heads.PSRP, rank=16)`. None: there is none.
 
     Raises:
         ValueError: at construction, for sizes that do not fit together.
@@ -120,6 +126,7 @@ class Bert(nn.Module):
     scan: bool = True
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    recalibration: Recalibration | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,6 +149,7 @@ class Bert(nn.Module):
         activation_named(self.activation)
         check_attention(self.attention)
         check_remat(self.remat)
+        check_recalibration(self.recalibration)
 
     def setup(self) -> None:
         """Makes what comes after the stack."""
@@ -282,6 +290,7 @@ class Bert(nn.Module):
                 train,
                 self.dtype,
                 self.param_dtype,
+                self.recalibration,
                 name=name,
             )
 

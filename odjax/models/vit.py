@@ -20,6 +20,7 @@ from odjax.models.axes import constrain, named
 from odjax.models.feedforward import FeedForward, SwiGLU, activation_named
 from odjax.models.norms import LayerNorm
 from odjax.models.positions import INTERPOLATIONS, interpolate_positions
+from odjax.models.recalibration import Recalibration, add_residual, check_recalibration
 from odjax.models.stack import check_remat, run_layers
 
 token_init = nn.initializers.normal(0.02)
@@ -48,6 +49,7 @@ class ViTLayer(nn.Module):
     train: bool
     dtype: DTypeLike
     param_dtype: DTypeLike
+    recalibration: Recalibration | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, drop: jax.Array) -> jax.Array:
@@ -70,7 +72,8 @@ class ViTLayer(nn.Module):
             h = SwiGLU(self.mlp_width, use_bias=True, **dtypes, name="mlp")(h)
         else:
             h = FeedForward(self.mlp_width, self.activation, **dtypes, name="mlp")(h)
-        x = x + self._residual(h, drop, "mlp_scale")
+        h = self._residual(h, drop, "mlp_scale")
+        x = add_residual(x, h, self.recalibration, **dtypes)
         return constrain(x, "batch", "length", "act_embed")
 
     def _residual(self, h: jax.Array, drop: jax.Array, name: str) -> jax.Array:
@@ -118,6 +121,9 @@ class ViT(nn.Module):
         scan: whether layers are scanned.
         dtype: of the computation; logits are float32.
         param_dtype: of the parameters.
+        recalibration: makes a module of each layer, named `psrp`, that scales and shifts the residual of the
+            feed-forward layer, see `odjax.models.recalibration`; for example
+            `functools.partial(odjax.heads.PSRP, rank=16)`. None: there is none.
 
     Raises:
         ValueError: at construction, for sizes that do not fit together.
@@ -150,6 +156,7 @@ class ViT(nn.Module):
     scan: bool = True
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    recalibration: Recalibration | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,6 +182,7 @@ class ViT(nn.Module):
             activation_named(self.activation)
         check_attention(self.attention)
         check_remat(self.remat)
+        check_recalibration(self.recalibration)
 
     def setup(self) -> None:
         """Makes the head."""
@@ -281,6 +289,7 @@ class ViT(nn.Module):
                 train,
                 self.dtype,
                 self.param_dtype,
+                self.recalibration,
                 name=name,
             )
 
