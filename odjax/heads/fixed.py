@@ -35,8 +35,8 @@ class FixedHead(nn.Module):
 
     The features must have both signs: end the layers below with a linear layer or a BatchNorm, not a ReLU.
 
-    Parameters: none with norm "l2" or "none"; `batch_norm/(scale|bias)` with "bn+l2". Constants: `code` [d, K]
-    where it is stored.
+    Parameters: none with norm "l2" or "none"; `batch_norm/(scale|bias)` with "bn+l2". Constants: `code`
+    [d, K] where it is stored.
 
     Attributes:
       num_classes: K, all that there will ever be, reserved ones included.
@@ -185,8 +185,8 @@ class FixedHead(nn.Module):
           train: whether all K classes are compared, and a BatchNorm takes the statistics of the batch.
 
         Returns:
-          Logits [..., K] float32, or [..., eval_classes] outside training. With loss "ce", a simplex of K <= d
-          classes without a rotation leaves out a shift that all logits share.
+          Logits [..., K] float32, or [..., eval_classes] outside training. With loss "ce", a simplex of
+          K <= d classes without a rotation leaves out a shift that all logits share.
         """
         return self._logits(self.prepared(features, train=train), self._compared(train))
 

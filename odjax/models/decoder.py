@@ -8,6 +8,7 @@ Source: Touvron et al. 2023, "LLaMA", section 2.2; Grattafiori et al. 2024, "The
 table 3.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -89,8 +90,8 @@ class Decoder(nn.Module):
         norm_eps: of every RMSNorm.
         qk_norm: whether queries and keys are normalized per head.
         tied: whether the head is the transposed embedding.
-        head: a module or function [B, T, width] -> [B, T, vocab] in place of the learned head; not with
-            `tied`.
+        head: a module or function [B, T, width] -> [B, T, vocab] in place of the learned head
+            (`odjax.heads.FixedHead`); not with `tied`.
         attention: implementation, see `odjax.models.attention.attend`.
         remat: a key of `odjax.models.stack.REMAT_POLICIES`.
         scan: whether layers are scanned.
@@ -269,6 +270,33 @@ class Decoder(nn.Module):
         else:
             y = self.lm_head(features)
         return constrain(y.astype(jnp.float32), "batch", "length", "act_vocab")
+
+
+    def losses(
+        self,
+        inputs: Sequence[jax.Array | None],
+        targets: jax.Array,
+        weights: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The head's own losses, for a `head` that needs no logits for them.
+
+        Args:
+            inputs: tokens, segments and positions, like `__call__`.
+            targets: [B, T] int32.
+            weights: [B, T], 0 for padding.
+            train: whether it is training.
+
+        Returns:
+            Loss of every token [B, T] float32, not weighted, and whether its target has the largest logit.
+
+        Raises:
+            ValueError: if the head has no losses of its own.
+        """
+        if not hasattr(self.head, "losses"):
+            raise ValueError(f"a head without losses of its own ({self.head}): use the logits")
+        return self.head.losses(self.features(*inputs), targets, weights, train=train)
 
 
 def head_dim(model: Decoder) -> int:

@@ -55,20 +55,38 @@ class Task:
 
 
 def _apply(
-    model: nn.Module, variables: Variables, key: jax.Array | None, *inputs: jax.Array
-) -> tuple[jax.Array, Variables]:
+    model: nn.Module,
+    variables: Variables,
+    key: jax.Array | None,
+    *inputs: Any,
+    method: str = "__call__",
+) -> tuple[Any, Variables]:
     """Applies the model; in training with dropout keys and mutable collections."""
-    train = {"train": key is not None} if _takes_train(model) else {}
+    train = {"train": key is not None} if _takes_train(model, method) else {}
     if key is None:
-        return model.apply(variables, *inputs, **train), {}
+        return model.apply(variables, *inputs, method=method, **train), {}
     mutable = [name for name in variables if name != "params"]
-    out, changed = model.apply(variables, *inputs, rngs={"dropout": key}, mutable=mutable, **train)
+    rngs = {"dropout": key}
+    out, changed = model.apply(variables, *inputs, rngs=rngs, mutable=mutable, method=method, **train)
     return out, changed
 
 
-def _takes_train(model: nn.Module) -> bool:
+def _takes_train(model: nn.Module, method: str) -> bool:
     model = model.inner if isinstance(model, Adapted) else model
-    return "train" in inspect.signature(type(model).__call__).parameters
+    return "train" in inspect.signature(getattr(type(model), method)).parameters
+
+
+def _head_sums(
+    model: nn.Module,
+    variables: Variables,
+    key: jax.Array | None,
+    inputs: tuple[jax.Array, ...],
+    targets: jax.Array,
+    weights: jax.Array,
+) -> tuple[Sums, Variables]:
+    """Loss and accuracy as the model's `losses` give them."""
+    (loss, right), changed = _apply(model, variables, key, inputs, targets, weights, method="losses")
+    return {"loss": _weighted(loss, weights), "accuracy": _weighted(right, weights)}, changed
 
 
 def _weighted(values: jax.Array, weights: jax.Array) -> Mean:
@@ -93,7 +111,7 @@ def _token_sums(
     return {"loss": _weighted(loss, weights), "accuracy": _weighted(right, weights)}
 
 
-def language_model(*, z_loss: float = 0.0) -> Task:
+def language_model(*, z_loss: float = 0.0, head_losses: bool = False) -> Task:
     """Next-token prediction on packed sequences.
 
     Batches hold `tokens`, `targets`, `segments`, `positions [B, T]` int32 and `weights [B, T]` float32; the
@@ -102,11 +120,18 @@ def language_model(*, z_loss: float = 0.0) -> Task:
     Args:
         z_loss: weight of the squared log-normalizer that keeps logits from drifting (Chowdhery et al. 2022,
             section 5), in training only.
+        head_losses: take the losses from the model's own `losses` (`odjax.heads.FixedHead` needs no logits
+            for them), not from its logits.
     """
+    if z_loss and head_losses:
+        raise ValueError(f"z_loss {z_loss} needs the logits: give head_losses=False")
 
     def loss(
         model: nn.Module, variables: Variables, batch: Batch, key: jax.Array | None
     ) -> tuple[Sums, Variables]:
+        if head_losses:
+            inputs = (batch["tokens"], batch["segments"], batch["positions"])
+            return _head_sums(model, variables, key, inputs, batch["targets"], batch["weights"])
         logits, changed = _apply(
             model, variables, key, batch["tokens"], batch["segments"], batch["positions"]
         )
@@ -122,19 +147,25 @@ def language_model(*, z_loss: float = 0.0) -> Task:
     )
 
 
-def classification(*, label_smoothing: float = 0.0) -> Task:
+def classification(*, label_smoothing: float = 0.0, head_losses: bool = False) -> Task:
     """Image classification: `image [B, H, W, C]` float32, `label [B]` int32, `weight [B]` float32.
 
     Args:
         label_smoothing: mass taken from the right class and spread over all of them (Szegedy et al. 2016,
             section 7), in training only.
+        head_losses: take the losses from the model's own `losses` (a dot regression of
+            `odjax.heads.FixedHead`, say), not from its logits.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if label_smoothing and head_losses:
+        raise ValueError(f"label_smoothing {label_smoothing} needs the logits: give head_losses=False")
 
     def loss(
         model: nn.Module, variables: Variables, batch: Batch, key: jax.Array | None
     ) -> tuple[Sums, Variables]:
+        if head_losses:
+            return _head_sums(model, variables, key, (batch["image"],), batch["label"], batch["weight"])
         logits, changed = _apply(model, variables, key, batch["image"])
         train = key is not None
         sums = _token_sums(logits, batch["label"], batch["weight"], train, label_smoothing, 0.0)
