@@ -35,9 +35,9 @@ class _Options(NamedTuple):
     """What is static of a power mean; `sign` -1 pools the negative parts."""
 
     eps: float
-    rectify: str = "clamp"
-    sign: int = 1
-    axis_name: Axis = None
+    rectify: str
+    sign: int
+    axis_name: Axis
 
 
 def _over(axis_name: Axis, reduce: Any, value: Any) -> Any:
@@ -105,12 +105,14 @@ def _power_mean(x: jax.Array, p: jax.Array, mask: jax.Array | None, options: _Op
     kept = _tokens_kept(x, mask)
     r = jnp.where(kept, jnp.maximum(_rectified(x, mask, options), eps), eps)
     largest = _over(options.axis_name, jax.lax.pmax, jnp.max(r, axis=-2))
-    powers = jnp.where(kept, jnp.exp(_channels(p, x.ndim) * _log_ratio(r, largest)), 0)
-    total = _over(options.axis_name, jax.lax.psum, jnp.sum(powers, axis=-2))
+    # Powers minus 1 keep the digits of small exponents, which dividing the logarithm by p would lose.
+    less = jnp.expm1(_channels(p, x.ndim) * _log_ratio(r, largest))
+    sums = tuple(jnp.sum(jnp.where(kept, terms, 0), axis=-2) for terms in (less, less + 1))
+    less, powers = _over(options.axis_name, jax.lax.psum, sums)
     count = _count(x, mask, options.axis_name)
-    some = count > 0
-    mean = jnp.where(some, total, 1) / jnp.maximum(count, 1)
-    return jnp.where(some, largest * jnp.exp(jnp.log(mean) / _channels(p, x.ndim - 1)), 0)
+    some, count = count > 0, jnp.maximum(count, 1)
+    log_mean = jnp.where(less > -count / 2, jnp.log1p(less / count), jnp.log(powers / count))
+    return jnp.where(some, largest * jnp.exp(log_mean / _channels(p, x.ndim - 1)), 0)
 
 
 @functools.partial(_power_mean.defjvp, symbolic_zeros=True)
@@ -179,7 +181,8 @@ def _pooled(
             "write jnp.full((groups,), 3.0)"
         )
     _check(x, p.size, eps, rectify, signed)
-    if not isinstance(p, jax.core.Tracer) and not bool(jnp.all(p > 0)):
+    known = not isinstance(p, jax.core.Tracer) and getattr(p, "is_fully_addressable", True)
+    if known and not np.all(np.asarray(p) > 0):
         raise ValueError(f"exponents must be positive, got p = {p}: keep them at 0.01 or more")
     p = p.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     p = jnp.reshape(jnp.broadcast_to(p[:, None], (p.size, x.shape[-1] // p.size)), (-1,))
@@ -221,7 +224,7 @@ def ggem_pool(
         (it is not added again: a LayerNorm behind the pooling would remove it).
       signed: pools positive and negative parts each and subtracts: an odd function of x.
       axis_name: inside `jax.shard_map`, the mesh axis or axes over which the tokens are sharded: one maximum
-        and one sum of [..., D] go over it, and one sum in each derivative.
+        and one pair of sums [..., D] go over it, and one sum in each derivative.
 
     Returns:
       [..., D] in the dtype of x; computed in float32, or float64 for float64.

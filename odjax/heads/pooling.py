@@ -23,6 +23,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 KINDS = ("cls", "mean", "max")
@@ -59,8 +60,9 @@ def check_tokens(tokens: jax.Array, mask: jax.Array | None = None) -> None:
             f"mask must be [..., N], here {tuple(tokens.shape[:-1])}, got {tuple(mask.shape)}: "
             "jnp.broadcast_to(mask, tokens.shape[:-1])"
         )
-    if not isinstance(mask, jax.core.Tracer):
-        empty = int(jnp.sum(~jnp.any(mask, axis=-1)))
+    # On the host: under `jit`, operations on concrete arrays are traced too.
+    if not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True):
+        empty = int(np.sum(~np.any(np.asarray(mask), axis=-1)))
         if empty:
             samples = mask.size // mask.shape[-1]
             raise ValueError(f"mask has no token for {empty} of {samples} samples: leave those samples out")

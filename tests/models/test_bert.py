@@ -11,6 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from odjax.core import leaves_with_paths, partition
+from odjax.heads.ggem import GGeM, ggem_pool
+from odjax.heads.pooling import token_pooling
 from odjax.lowrank import FACTORS, adapt, init_factors, merge
 from odjax.models import PARAMETER_AXES, unstack_layers
 from odjax.models.bert import Bert, bert
@@ -133,6 +135,43 @@ def test_pooling_takes_the_mean_or_the_first_token(texts, params, features):
     np.testing.assert_array_equal(cls, features[:, 0])
     np.testing.assert_allclose(mean[3], features[3, 0], atol=1e-6)  # one token
     np.testing.assert_allclose(mean[0], jnp.mean(features[0], 0), atol=1e-6)
+
+
+def test_a_module_pools_the_tokens_of_the_mask_and_the_head_follows(texts, params, features):
+    mask, pooling = texts[1], token_pooling("ggem", num_groups=4)
+    p = jnp.array([0.5, 1.0, 3.0, 8.0])
+    kernel = jax.random.normal(jax.random.key(1), (16, 3))
+    trained = {**body(params), "pooling": {"p": p}, "head": {"kernel": kernel, "bias": jnp.zeros(3)}}
+    got = apply(Bert(**SIZES, pooling=pooling, classes=3), trained, *texts)
+    pooled = ggem_pool(features, p, mask=mask)
+    np.testing.assert_allclose(got, pooled @ kernel, rtol=1e-4, atol=1e-5)
+    shapes = jax.eval_shape(Bert(**SIZES, pooling=pooling, classes=3).init, jax.random.key(0), *texts)
+    assert jax.tree.map(jnp.shape, nn.unbox(shapes)["params"]) == jax.tree.map(jnp.shape, trained)
+    # Without a mask all tokens count; a mask of 0 and 1 is one of bool.
+    bare = {**body(params), "pooling": {"p": p}}
+    model = Bert(**SIZES, pooling=pooling)
+    np.testing.assert_allclose(
+        apply(model, bare, features, method="pooled"), ggem_pool(features, p), rtol=1e-5
+    )
+    np.testing.assert_array_equal(
+        apply(model, bare, features, mask.astype(jnp.int32), method="pooled"),
+        apply(model, bare, features, mask, method="pooled"),
+    )
+
+
+@pytest.mark.parametrize("name", ["mean", "cls"])
+def test_a_module_of_a_name_pools_like_the_name(texts, params, name):
+    got, expected = (
+        apply(Bert(**SIZES, pooling=pooling), body(params), *texts) for pooling in (token_pooling(name), name)
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", [GGeM, ggem_pool, None])
+def test_a_pooling_that_is_no_module_is_refused_at_construction(pooling):
+    message = r"must be one of mean, cls, pooler, or a module called as pooling\(tokens, cls=, mask=\), got"
+    with pytest.raises(TypeError, match=message):
+        Bert(**SIZES, pooling=pooling)
 
 
 def test_a_new_head_predicts_every_class_alike(texts):

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from odjax.heads.ggem import GGeM, ggem_pool
+from odjax.heads.pooling import max_pool, token_pooling
 from odjax.models import PARAMETER_AXES, ViT, unstack_layers, vit
 from odjax.models.positions import _resize_matrix, interpolate_positions, sinusoidal_positions
 from odjax.models.vit import ViTLayer
@@ -69,6 +71,51 @@ def test_pooling_takes_class_token_or_mean_or_both(images, params):
     np.testing.assert_allclose(
         outputs["cls+mean"], jnp.concatenate([outputs["cls"], outputs["mean"]], -1), atol=1e-6
     )
+
+
+def test_a_module_pools_the_patches_and_the_head_follows(images, params):
+    features = {k: v for k, v in params.items() if k != "head"}
+    tokens = ViT(**SIZES).apply({"params": features}, images, method="features")
+    p = jnp.array([1.5, 6.0])
+    features["pool"] = {"p": p}
+    bare = ViT(**SIZES, pool=token_pooling("ggem", num_groups=2))
+    got = jax.jit(bare.apply)({"params": features}, images)
+    np.testing.assert_allclose(got, ggem_pool(tokens.patches, p), atol=1e-5)
+
+    class Both(nn.Module):
+        """Wider features, from all that a pooling is given."""
+
+        @nn.compact
+        def __call__(self, tokens, *, cls=None, mask=None):
+            assert mask is None
+            return jnp.concatenate([GGeM(2, name="inner")(tokens), cls, max_pool(tokens)], axis=-1)
+
+    model = ViT(**SIZES, classes=5, pool=Both())
+    kernel = jax.random.normal(jax.random.key(1), (24, 5))
+    variables = {**features, "pool": {"inner": {"p": p}}, "head": {"kernel": kernel, "bias": jnp.zeros(5)}}
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), images))["params"]
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
+    pooled = [ggem_pool(tokens.patches, p), tokens.cls, tokens.patches.max(1)]
+    got = jax.jit(model.apply)({"params": variables}, images)
+    np.testing.assert_allclose(got, jnp.concatenate(pooled, -1) @ kernel, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cls", "mean"])
+def test_a_module_of_a_name_pools_like_the_name(images, params, name):
+    features = {k: v for k, v in params.items() if k != "head"}
+    got, expected = (
+        ViT(**SIZES, pool=pool).apply({"params": features}, images) for pool in (token_pooling(name), name)
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", [GGeM, max_pool, None])
+def test_a_pool_that_is_no_module_is_refused_at_construction(pool):
+    message = (
+        r"pool must be one of cls, mean, cls\+mean, or a module called as pool\(tokens, cls=, mask=\), got"
+    )
+    with pytest.raises(TypeError, match=message):
+        ViT(**SIZES, pool=pool)
 
 
 def test_a_new_head_predicts_every_class_alike(images):
