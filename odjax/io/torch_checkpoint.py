@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -123,6 +124,7 @@ _BROKEN = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     EOFError,
+    OSError,  # a zip archive that points before its beginning
     KeyError,
     IndexError,
     ValueError,
@@ -177,6 +179,24 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(key, dtype, begin, count)
 
 
+def _unpickled(file: BinaryIO) -> tuple[Any, dict[str, np.dtype]]:
+    """The objects of the next pickle, and the dtypes of its storages; the file then stands behind it.
+
+    The operations are looked through before they are done: a place in the memo makes the unpickler reserve
+    memory for all places before it, so a few damaged bytes could ask for all memory there is.
+    """
+    start = file.tell()
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+            raise ValueError(f"place {argument} of the memo after {count} operations")
+        if operation.name.startswith("EXT"):
+            raise _Refused(f"names the registered function {argument}, which is not called")
+    size = file.tell() - start
+    file.seek(start)
+    unpickler = _Unpickler(io.BytesIO(file.read(size)))
+    return unpickler.load(), unpickler.storages
+
+
 def _tensor(storage: Any, begin: Any, shape: Any, strides: Any) -> _Tensor:
     """A tensor that does not leave its storage."""
     if not isinstance(storage, _Storage):
@@ -200,23 +220,22 @@ def _counts(*values: Any) -> bool:
 def _legacy(file: BinaryIO, size: int) -> Any:
     """The objects of the older layout."""
     try:
-        magic = _Unpickler(file).load()
+        magic, _ = _unpickled(file)
     except _BROKEN:
         magic = None
     if type(magic) is not int or magic != MAGIC:
         raise _Refused(
             "is not a checkpoint of PyTorch: neither a zip archive nor a pickle with PyTorch's magic number"
         )
-    version = _Unpickler(file).load()
+    version, _ = _unpickled(file)
     if version != VERSION:
         raise _Refused(f"has version {version!r} of the older layout, {VERSION} can be read")
-    if not _Unpickler(file).load()["little_endian"]:
+    if not _unpickled(file)[0]["little_endian"]:
         raise _Refused(_BIG_ENDIAN)
-    unpickler = _Unpickler(file)
-    objects = unpickler.load()
+    objects, dtypes = _unpickled(file)
     data = {}
-    for key in _Unpickler(file).load():
-        dtype = unpickler.storages[key]
+    for key in _unpickled(file)[0]:
+        dtype = dtypes[key]
         count = int.from_bytes(_exactly(file, 8, size), "little")
         data[key] = np.frombuffer(_exactly(file, count * dtype.itemsize, size), dtype)
     return _plain(objects, data.__getitem__)
@@ -247,11 +266,8 @@ def _zipped(file: BinaryIO) -> Any:
 
         if f"{root}byteorder" in names and content("byteorder") != b"little":
             raise _Refused(_BIG_ENDIAN)
-        unpickler = _Unpickler(io.BytesIO(content("data.pkl")))
-        objects = unpickler.load()
-        data = {
-            key: np.frombuffer(content(f"data/{key}"), dtype) for key, dtype in unpickler.storages.items()
-        }
+        objects, dtypes = _unpickled(io.BytesIO(content("data.pkl")))
+        data = {key: np.frombuffer(content(f"data/{key}"), dtype) for key, dtype in dtypes.items()}
         return _plain(objects, data.__getitem__)
 
 
