@@ -3,6 +3,7 @@
 from odjax.core.class_moments import ClassMoments as ClassMoments
 from odjax.core.class_moments import ClassMomentsResult as ClassMomentsResult
 from odjax.core.class_moments import class_moments as class_moments
+from odjax.core.dtypes import statistics_dtype as statistics_dtype
 from odjax.core.edits import Edit as Edit
 from odjax.core.edits import EditState as EditState
 from odjax.core.edits import as_transform as as_transform

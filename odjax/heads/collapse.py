@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
+from odjax.core import statistics_dtype
 from odjax.core.class_moments import ClassMomentsResult, labelled_rows
 from odjax.core.statistics import Statistic
 
@@ -41,10 +41,6 @@ class CollapseGramResult(NamedTuple):
     variance: jax.Array
     gram: jax.Array
     agreement: jax.Array | None
-
-
-def _wide(dtype: DTypeLike) -> DTypeLike:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _centred(means: jax.Array, present: jax.Array) -> jax.Array:
@@ -127,7 +123,7 @@ def collapse_gram(
         raise TypeError(f"present must be bool, got {present.dtype}: type present=moments.count > 0")
     if present.shape != (num_classes,):
         raise ValueError(f"present must be [K] = {(num_classes,)}, got {present.shape}")
-    dtype = _wide(means.dtype)
+    dtype = statistics_dtype(means)
     means = jnp.where(present[:, None], means.astype(dtype), jnp.zeros(means.shape, dtype))
     centred = _centred(means, present)
     between = jnp.matmul(centred, centred.T, precision=_HIGHEST)

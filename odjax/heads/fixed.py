@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from odjax.core import Where, label
+from odjax.core import Where, label, statistics_dtype
 from odjax.heads.codes import KINDS, ClassCode
 from odjax.heads.hadamard import hadamard_logits
 from odjax.heads.losses import (
@@ -172,7 +172,7 @@ class FixedHead(nn.Module):
         Returns:
           [..., d] float32.
         """
-        h = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        h = features.astype(statistics_dtype(features))
         if self.norm == "bn+l2":
             h = self.batch_norm(h, use_running_average=not train)
         return h if self.norm == "none" else unit_features(h)
@@ -271,7 +271,7 @@ class FixedHead(nn.Module):
         code, scale = self.code(h.shape[-1]), self.inverse_temperature()
         if self._is_stored(code):
             return etf_logits(h.astype(self.dtype), self._stored(code)[:, :compared], scale)
-        wide = jnp.promote_types(h.dtype, jnp.float32)
+        wide = statistics_dtype(h)
         if code.kind == "hadamard":
             y = hadamard_logits(code.key, h.astype(self.dtype), compared).astype(wide)
         elif code.kind == "orthoplex":

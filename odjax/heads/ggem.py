@@ -25,6 +25,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
+from odjax.core import statistics_dtype
 from odjax.heads.pooling import check_tokens
 
 RECTIFIERS = ("clamp", "softplus", "shift")
@@ -79,7 +80,7 @@ def _rectified(x: jax.Array, mask: jax.Array | None, options: _Options) -> jax.A
 
 def _wide(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """The tokens in the dtype of the computation, zero where the mask is False."""
-    x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    x = x.astype(statistics_dtype(x))
     return x if mask is None else jnp.where(mask[..., None], x, 0)
 
 
@@ -184,7 +185,7 @@ def _pooled(
     known = not isinstance(p, jax.core.Tracer) and getattr(p, "is_fully_addressable", True)
     if known and not np.all(np.asarray(p) > 0):
         raise ValueError(f"exponents must be positive, got p = {p}: keep them at 0.01 or more")
-    p = p.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    p = p.astype(statistics_dtype(x))
     p = jnp.reshape(jnp.broadcast_to(p[:, None], (p.size, x.shape[-1] // p.size)), (-1,))
     y = _power_mean(x, p, mask, _Options(eps, rectify, 1, axis_name))
     if signed:

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from odjax.core import statistics_dtype
+
 # As wide as the matrix units of TPUs.
 WIDTH = 128
 
@@ -84,7 +86,7 @@ def walsh_hadamard(x: jax.Array, *, radix: int = WIDTH) -> jax.Array:
 
 def _dot(equation: str, signs: jax.Array, x: jax.Array) -> jax.Array:
     """A product with signs, accumulated in float32 at least and rounded to the dtype of x."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = statistics_dtype(x)
     precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     out = jnp.einsum(equation, signs, x, precision=precision, preferred_element_type=wide)
     return out.astype(x.dtype)

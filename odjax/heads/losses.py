@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from odjax.core import statistics_dtype
 from odjax.heads.vocab import check_labels
 
 EPS = 1e-8
@@ -21,7 +22,7 @@ def unit_features(h: jax.Array) -> jax.Array:
     Returns:
       [..., d], float32 (float64 for float64).
     """
-    h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    h = h.astype(statistics_dtype(h))
     square = jnp.sum(h * h, axis=-1, keepdims=True)
     long = square > EPS**2
     # A NaN is not short: it stays in its row.
@@ -51,7 +52,7 @@ def etf_logits(h: jax.Array, code: jax.Array, scale: float = 1.0) -> jax.Array:
     _check_code(h, code)
     check_scale(scale)
     code = jax.lax.stop_gradient(code).astype(h.dtype)
-    wide = jnp.promote_types(h.dtype, jnp.float32)
+    wide = statistics_dtype(h)
     precision = None if h.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     y = jnp.einsum("...d,dk->...k", h, code, preferred_element_type=wide, precision=precision)
     return y * jnp.asarray(scale, wide)
@@ -114,7 +115,7 @@ def vertex_regression(h: jax.Array, own: jax.Array, weight: float, norm_penalty:
     Returns:
       Loss of every example, [...] float32.
     """
-    wide = jnp.promote_types(h.dtype, jnp.float32)
+    wide = statistics_dtype(h)
     h, own = h.astype(wide), jax.lax.stop_gradient(own).astype(wide)
     square = jnp.sum(h * h, axis=-1)
     long = square > EPS**2

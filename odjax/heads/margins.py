@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from odjax.core import statistics_dtype
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -56,7 +58,7 @@ def _check(code: jax.Array) -> jax.Array:
         )
     if not jnp.issubdtype(code.dtype, jnp.floating):
         raise TypeError(f"code must be floating, got {code.dtype}: use code.astype(jnp.float32)")
-    return code.astype(jnp.float64 if code.dtype == jnp.float64 else jnp.float32)
+    return code.astype(statistics_dtype(code))
 
 
 def hull_distances(code: jax.Array, *, iterations: int = 500, batch_size: int = 256) -> HullDistances:

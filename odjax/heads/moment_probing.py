@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from odjax.core import statistics_dtype
 from odjax.heads.second_moments import (
     CENTERS,
     Axis,
@@ -325,7 +326,7 @@ def _layer_norm(
         eps,
         use_fast_variance=False,
         force_float32_reductions=False,
-        dtype=_wide(dtype),
+        dtype=statistics_dtype(dtype),
         param_dtype=param_dtype,
         scale_init=_named(nn.initializers.ones, "norm"),
         bias_init=_named(nn.initializers.zeros, "norm"),
@@ -334,11 +335,7 @@ def _layer_norm(
 
 
 def _normalized(norm: nn.LayerNorm, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    return norm(x.astype(_wide(dtype))).astype(dtype)
-
-
-def _wide(dtype: DTypeLike) -> jnp.dtype:
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return norm(x.astype(statistics_dtype(dtype))).astype(dtype)
 
 
 def _inert(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from odjax.core import statistics_dtype
+
 KINDS = ("cls", "mean", "max")
 NAMES = (*KINDS, "gem", "ggem")
 
@@ -71,7 +73,7 @@ def check_tokens(tokens: jax.Array, mask: jax.Array | None = None) -> None:
 def _mean(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
     """`mean_pool` in float32, or float64 for float64."""
     check_tokens(tokens, mask)
-    wide = tokens.astype(jnp.float64 if tokens.dtype == jnp.float64 else jnp.float32)
+    wide = tokens.astype(statistics_dtype(tokens))
     if mask is None:
         return jnp.mean(wide, axis=-2)
     kept = mask[..., None]

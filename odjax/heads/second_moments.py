@@ -11,6 +11,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from odjax.core import statistics_dtype
+
 PAIRS = ("near", "half", "all", "first")
 CENTERS = ("global", "channel", "none")
 
@@ -127,7 +129,7 @@ def cross_moments(
     else:
         left, equation = _take(z, [i for i, _ in chosen]), "...lpi,...lpj->...pij"
     right = _take(z, [j for _, j in chosen])
-    s = jnp.einsum(equation, left, right, preferred_element_type=accumulator(z))
+    s = jnp.einsum(equation, left, right, preferred_element_type=statistics_dtype(z))
     if axis_name is not None:
         s = jax.lax.psum(s, axis_name)
     return _divide(s, token_count(z.shape[-3], mask, s.dtype, axis_name))
@@ -161,7 +163,7 @@ def column_normalize(s: jax.Array, eps: float = 1e-12) -> jax.Array:
         raise ValueError(f"s must be [..., rows, columns], got shape {tuple(s.shape)}")
     if not eps >= 1e-18:
         raise ValueError(f"eps must be at least 1e-18, so that its square is a float32, got {eps}")
-    wide = s.astype(accumulator(s))
+    wide = s.astype(statistics_dtype(s))
     square = jnp.sum(wide * wide, axis=-2, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(square, eps * eps))).astype(s.dtype)
 
@@ -188,7 +190,7 @@ def token_mean(x: jax.Array, mask: jax.Array | None = None, axis_name: Axis = No
       Array([2.], dtype=float32)
     """
     check_tokens("x", x, x.shape[:-1], mask)
-    wide = x.astype(accumulator(x))
+    wide = x.astype(statistics_dtype(x))
     if mask is not None:
         wide = jnp.where(mask.astype(bool)[..., None], wide, jnp.zeros((), wide.dtype))
     total = jnp.sum(wide, axis=-2)
@@ -246,22 +248,6 @@ def check_tokens(name: str, x: jax.Array, shape: tuple[int, ...], mask: jax.Arra
             f"mask must have one entry a token, shape {tuple(shape)} for {name} {tuple(x.shape)}, got "
             f"{tuple(mask.shape)}"
         )
-
-
-def accumulator(x: jax.Array) -> jnp.dtype:
-    """The dtype to sum `x` in: float32, or float64 for float64.
-
-    Args:
-      x: floating point.
-
-    Returns:
-      The dtype.
-
-    Example:
-      >>> str(accumulator(jnp.ones(1, jnp.bfloat16)))
-      'float32'
-    """
-    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _divide(total: jax.Array, count: jax.Array) -> jax.Array:

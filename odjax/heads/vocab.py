@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from odjax.core import statistics_dtype
 from odjax.heads.codes import ClassCode
 from odjax.heads.hadamard import hadamard_group_logits, hadamard_width
 
@@ -161,15 +162,13 @@ def _chunk_logits(
         first = (shard * mine + step * plan.chunk) // plan.width
         groups = first + jnp.arange(plan.chunk // plan.width, dtype=jnp.int32)
         logits = hadamard_group_logits(code.key, h, groups, plan.width)
-        logits = jnp.reshape(logits, (h.shape[0], plan.chunk)).astype(_wide(h))
+        logits = jnp.reshape(logits, (h.shape[0], plan.chunk)).astype(statistics_dtype(h))
     else:
         columns = code.columns(jnp.maximum(classes, 0)).astype(h.dtype)
-        logits = jnp.einsum("nd,cd->nc", h, columns, preferred_element_type=_wide(h), precision=_exact(h))
+        logits = jnp.einsum(
+            "nd,cd->nc", h, columns, preferred_element_type=statistics_dtype(h), precision=_exact(h)
+        )
     return logits, classes
-
-
-def _wide(h: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(h.dtype, jnp.float32)
 
 
 def _exact(h: jax.Array) -> jax.lax.Precision | None:
@@ -187,7 +186,7 @@ class _Seen(NamedTuple):
 
 def _observe(plan: _Plan, h: jax.Array, labels: jax.Array, shard: jax.Array) -> _Seen:
     """The classes of one shard."""
-    wide = _wide(h)
+    wide = statistics_dtype(h)
 
     def add(seen: _Seen, step: jax.Array) -> tuple[_Seen, None]:
         logits, classes = _chunk_logits(plan, h, shard, step)
@@ -257,7 +256,7 @@ def _gradient(
     def body(
         shard: jax.Array, h: jax.Array, labels: jax.Array, normalizer: jax.Array, weight: jax.Array
     ) -> jax.Array:
-        wide = _wide(h)
+        wide = statistics_dtype(h)
 
         def add(total: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
             logits, back, classes = jax.vjp(lambda h: _chunk_logits(plan, h, shard, step), h, has_aux=True)

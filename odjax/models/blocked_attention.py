@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from odjax.models.norms import statistics_dtype
+from odjax.core import statistics_dtype
 
 MASKED = -1e30  # finite, so that a row without anything to see stays finite
 

@@ -271,7 +271,6 @@ class Decoder(nn.Module):
             y = self.lm_head(features)
         return constrain(y.astype(jnp.float32), "batch", "length", "act_vocab")
 
-
     def losses(
         self,
         inputs: Sequence[jax.Array | None],

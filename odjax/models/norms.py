@@ -5,23 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from odjax.core import statistics_dtype
 from odjax.models.axes import named
-
-
-def statistics_dtype(x: jax.Array) -> jnp.dtype:
-    """The dtype to reduce or to rotate `x` in: float32, or float64 for float64.
-
-    Args:
-        x: an activation.
-
-    Returns:
-        The dtype.
-
-    Example:
-        >>> str(statistics_dtype(jnp.ones(1, jnp.bfloat16)))
-        'float32'
-    """
-    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 class RMSNorm(nn.Module):

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from odjax.models.norms import statistics_dtype
+from odjax.core import statistics_dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from odjax.core import statistics_dtype
+
 
 def feature_correlation(features: jax.Array) -> jax.Array:
     """Pearson correlation between the features of a data set, with 0 where there is none.
@@ -32,7 +34,7 @@ def feature_correlation(features: jax.Array) -> jax.Array:
         raise ValueError(f"features must be [samples, n] with two samples or more, got {list(x.shape)}")
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"features must be real numbers, got {x.dtype}")
-    x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    x = x.astype(statistics_dtype(x))
     # Rounding of the mean would make equal numbers differ from it: constant features are found beforehand.
     useful = jnp.all(jnp.isfinite(x), axis=0) & (jnp.min(x, axis=0) < jnp.max(x, axis=0))
     x = jnp.where(useful, x, jnp.zeros_like(x))
