@@ -43,6 +43,11 @@ class Classifier(nn.Module):
         """What the head sees, [..., d]."""
         return _call(self.backbone, *inputs, train=train)
 
+    def seen(self, *inputs: jax.Array, train: bool = False) -> jax.Array:
+        """The features as the head compares them with its classes: normalized, where it does that."""
+        features = self.features(*inputs, train=train)
+        return self.head.prepared(features, train=train) if hasattr(self.head, "prepared") else features
+
     def losses(
         self, inputs: Sequence[jax.Array], labels: jax.Array, weights: jax.Array | None = None, *, train: bool
     ) -> TokenLosses:

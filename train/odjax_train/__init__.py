@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from odjax_train.collapse import neural_collapse as neural_collapse
     from odjax_train.errors import UserError as UserError
     from odjax_train.experiment import Data as Data
     from odjax_train.experiment import Experiment as Experiment
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from odjax_train.tasks import translation as translation
 
 _HOME = {
+    "neural_collapse": "collapse",
     "UserError": "errors",
     "Data": "experiment",
     "Experiment": "experiment",

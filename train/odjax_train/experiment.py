@@ -12,6 +12,7 @@ import optax
 
 from odjax.core import Edit, Where
 from odjax_train.errors import UserError
+from odjax_train.measures import Measure
 from odjax_train.mesh import DEFAULT_RULES, MeshShape, Rules
 from odjax_train.tasks import Task
 
@@ -70,6 +71,7 @@ class Experiment:
         start_from: folder of a run whose parameters are taken over at the start; those that it did not have
             (an adapter's, say) keep their initial values.
         edits: structural changes every K steps, compiled apart from the step.
+        measures: statistics that are taken when the run is judged (`odjax_train.neural_collapse`).
         ema: decay of an exponential moving average of the parameters, used in evaluation and generation; None
             for none.
         seed: of parameters, data order, dropout and edits.
@@ -98,6 +100,7 @@ class Experiment:
     trainable: Where = ".*"
     start_from: Path | None = None
     edits: Sequence[Edit] = ()
+    measures: Sequence[Measure] = ()
     ema: float | None = None
     seed: int = 0
     mesh: MeshShape = MeshShape()
@@ -131,6 +134,7 @@ class Experiment:
             raise UserError(f"ema must be between 0 and 1, got {self.ema}")
         if self.batch % self.accumulate:
             raise UserError(f"batch {self.batch} does not divide into {self.accumulate} microbatches")
-        names = [edit.name for edit in self.edits]
-        if len(set(names)) < len(names):
-            raise UserError(f"edits must have different names, got {names}")
+        for kind in ("edits", "measures"):
+            names = [each.name for each in getattr(self, kind)]
+            if len(set(names)) < len(names):
+                raise UserError(f"{kind} must have different names, got {names}")

@@ -17,6 +17,7 @@ import numpy as np
 from odjax_train.checkpoints import Checkpoints
 from odjax_train.data import Feed, evaluation_batches, feed
 from odjax_train.distributed import Agreement
+from odjax_train.measures import take
 from odjax_train.mesh import batch_sharding
 from odjax_train.metrics import Recorder
 from odjax_train.program import Program, TrainState
@@ -232,6 +233,9 @@ class _Run:
             if found is not None:
                 self.evaluation = found
                 self.recorder.evaluation(step, found)
+                figures = measure(self.program, state, stop)
+                if figures:
+                    self.recorder.measures(step, figures)
                 self.topology.look(state, step)
         return found
 
@@ -296,6 +300,38 @@ def evaluate(program: Program, state: TrainState, stop: StopRequest | None = Non
             new = program.evaluate(params, state.collections, batch)
             sums = new if sums is None else add(sums, new)
     return {name: float(value) for name, value in jax.device_get(mean(sums)).items()}
+
+
+def measure(program: Program, state: TrainState, stop: StopRequest | None = None) -> dict[str, float] | None:
+    """Figures of the experiment's measures.
+
+    Args:
+        program: the compiled functions.
+        state: what is judged.
+        stop: as in `evaluate`.
+
+    Returns:
+        Figures by "measure/name", empty without measures; None when asked to stop before it was done.
+    """
+    experiment, params = program.experiment, program.evaluated(state)
+    figures: dict[str, float] = {}
+    for compiled in program.measures:
+        held_out = compiled.measure.on == "held-out"
+
+        def examples(held_out: bool = held_out) -> Feed:
+            data = experiment.data.evaluation() if held_out else experiment.data.train(experiment.seed)
+            how = {"make_batches": evaluation_batches} if held_out else {}
+            return feed(data, experiment.batch, batch_sharding(program.mesh), **how)
+
+        def stopped() -> bool:
+            return bool(stop) and jax.process_count() == 1
+
+        with program.context():
+            found = take(compiled, params, state.collections, examples, stopped)
+        if found is None:
+            return None
+        figures |= found
+    return figures
 
 
 class _Trace:

@@ -118,6 +118,16 @@ class Recorder:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._console.print(f"step {step}/{self._steps}  held out: {shown}", highlight=False)
 
+    def measures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures of the measures, by "measure/name"."""
+        if not self._active:
+            return
+        self._write("measures", step, figures)
+        for measure in dict.fromkeys(name.split("/")[0] for name in figures):
+            own = {n.partition("/")[2]: v for n, v in figures.items() if n.startswith(f"{measure}/")}
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in own.items())
+            self._console.print(f"step {step}/{self._steps}  {measure}: {shown}", highlight=False)
+
     def topology(self, step: int, figures: Mapping[str, float], leaves: Mapping[str, Any]) -> None:
         """What the links of a sparse model are like.
 
@@ -165,10 +175,11 @@ def read(folder: Path) -> tuple[dict[str, dict[int, dict[str, Any]]], list[dict[
     A resumed run repeats the steps after its checkpoint; the newest line of a step counts.
 
     Returns:
-        `{"train": {step: metrics}, "eval": ..., "topology": ...}` in the order of the steps, and the events
-        as they came.
+        `{"train": {step: metrics}, "eval": ..., "topology": ..., "measures": ...}` in the order of the steps,
+        and the events as they came.
     """
-    series: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}, "topology": {}}
+    kinds = ("train", "eval", "topology", "measures")
+    series: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in kinds}
     events = []
     for record in _lines(folder / "metrics.jsonl"):
         if "event" in record:

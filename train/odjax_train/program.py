@@ -20,6 +20,7 @@ from odjax.core import Edit, combine, fold_path, fold_step, partition, run_edit
 from odjax.sparse import DstState, apply_masks
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
+from odjax_train.measures import CompiledMeasure, compile_measure
 from odjax_train.mesh import (
     batch_sharding,
     data_parallelism,
@@ -64,6 +65,7 @@ class Program:
         step: `(state, batch) -> (state, metrics)`; the state is donated.
         evaluate: `(params, collections, batch) -> sums`.
         edits: one `(state) -> state` an edit; the state is donated.
+        measures: the functions of each measure.
     """
 
     experiment: Experiment
@@ -75,6 +77,7 @@ class Program:
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any, Batch], Sums]
     edits: tuple[tuple[Edit, Callable[[TrainState], TrainState]], ...]
+    measures: tuple[CompiledMeasure, ...] = ()
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -175,6 +178,13 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
         shardings,
     )
     whole = replicated(mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(experiment.rules):
+        variables = {"params": state.params, **state.collections}
+        laid_out = (shardings.params, shardings.collections)
+        measures = tuple(
+            compile_measure(measure, experiment.model, variables, batch, laid_out, rows, whole)
+            for measure in experiment.measures
+        )
     return Program(
         experiment=experiment,
         mesh=mesh,
@@ -205,6 +215,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
             )
             for edit in experiment.edits
         ),
+        measures=measures,
     )
 
 

@@ -42,6 +42,7 @@ class Run(NamedTuple):
     train: Mapping[int, Mapping[str, Any]]
     eval: Mapping[int, Mapping[str, Any]]
     topology: Mapping[int, Mapping[str, Any]]
+    measures: Mapping[int, Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
 
 
@@ -55,7 +56,7 @@ def read(folder: Path) -> Run:
     series, events = metrics.read(folder)
     if not series["train"] and not series["eval"]:
         raise UserError(f"{folder} has no metrics yet")
-    return Run(folder, record, series["train"], series["eval"], series["topology"], events)
+    return Run(folder, record, **series, events=events)
 
 
 def write(folders: Sequence[Path], out: Path) -> Path:
@@ -71,7 +72,7 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     runs = [read(folder) for folder in folders]
     names = [run.folder.name for run in runs]
     title = names[0] if len(runs) == 1 else f"{len(runs)} runs: {', '.join(names)}"
-    parts = [f"<h1>{_e(title)}</h1>", _lead(runs), _tiles(runs), _plots(runs)]
+    parts = [f"<h1>{_e(title)}</h1>", _lead(runs), _tiles(runs), _plots(runs), _measures(runs)]
     parts.append(topology_page.curves({run.folder.name: run.topology for run in runs}))
     if len(runs) > 1:
         parts.append(_comparison(runs))
@@ -142,6 +143,22 @@ def _plots(runs: Sequence[Run]) -> str:
         dots = {label: xy for label, xy in dots.items() if xy[0]}
         plots.append(lines(title, drawn, dots=dots, marks=marks))
     return f'<h2>Curves</h2><div class="plots">{"".join(plots)}</div>'
+
+
+def _measures(runs: Sequence[Run]) -> str:
+    """A section a measure, with a plot a figure."""
+    names = dict.fromkeys(n for run in runs for record in run.measures.values() for n, _ in _values(record))
+    sections: dict[str, list[str]] = {}
+    for name in names:
+        measure, _, figure = name.partition("/")
+        dots = {run.folder.name: _series(run.measures, name) for run in runs}
+        dots = {label: xy for label, xy in dots.items() if xy[0]}
+        log = all(value > 0 for _, ys in dots.values() for value in ys)
+        sections.setdefault(measure, []).append(lines(figure.replace("_", " "), {}, dots=dots, log=log))
+    return "".join(
+        f'<h2>{_e(measure.capitalize())}</h2><div class="plots">{"".join(plots)}</div>'
+        for measure, plots in sections.items()
+    )
 
 
 def _marks(run: Run) -> dict[float, str]:

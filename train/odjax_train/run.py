@@ -20,7 +20,7 @@ from odjax_train.distributed import as_main, is_main, same_everywhere, together
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
 from odjax_train.flags import TrainFlags
-from odjax_train.loop import Outcome, StopRequest, evaluate, train
+from odjax_train.loop import Outcome, StopRequest, evaluate, measure, train
 from odjax_train.mesh import MeshShape, batch_sharding, bytes_per_device, make_mesh
 from odjax_train.metrics import Recorder
 from odjax_train.pretrained import require, start_from
@@ -243,5 +243,5 @@ def _warn(text: str) -> None:
 
 
 def judge(loaded: Loaded) -> dict[str, float]:
-    """Metrics of a loaded run on the held-out examples."""
-    return evaluate(loaded.program, loaded.state)
+    """Metrics of a loaded run on the held-out examples, and the figures of its measures."""
+    return evaluate(loaded.program, loaded.state) | measure(loaded.program, loaded.state)
