@@ -8,7 +8,7 @@ digits.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,21 +28,26 @@ from odjax_train.proofs.proof import Claim
 MEAN = np.asarray((0.485, 0.456, 0.406), np.float32)
 STD = np.asarray((0.229, 0.224, 0.225), np.float32)
 FILES = ("resnet20_cifar10/resnet20.th", "cifar10_jpeg.npz", "mnist.npz")
-LABELLED = 1000  # training images a seed
+LABELLED, DEV = 1000, 2000  # training images a seed, and held out to choose a learning rate
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class Maps(NamedTuple):
     """Features of digits: every seed learns from images of its own, all are judged on the same.
 
     Attributes:
-        train: [seeds, n, N, D] tokens without negative entries.
-        train_labels: [seeds, n].
+        train: a seed's tokens [n, N, D], without negative entries, one array a seed.
+        train_labels: a seed's labels [n].
+        dev: [k, N, D], to choose a learning rate on; nothing is learned from them.
+        dev_labels: [k].
         test: [m, N, D].
         test_labels: [m].
     """
 
-    train: jax.Array
-    train_labels: jax.Array
+    train: Sequence[jax.Array]
+    train_labels: Sequence[jax.Array]
+    dev: jax.Array
+    dev_labels: jax.Array
     test: jax.Array
     test_labels: jax.Array
 
@@ -171,7 +176,7 @@ def cifar_claim(data: Path, model: ResNet, variables: Any) -> Claim:
 
 
 def mnist_maps(data: Path, model: ResNet, variables: Any, seeds: int, seed: int) -> Maps:
-    """Features of MNIST: LABELLED training images a seed, none twice, and the 10,000 of the test set.
+    """Features of MNIST: LABELLED training images a seed, none twice, DEV others, the 10,000 of the test set.
 
     Args:
         data: as from `data_folder`.
@@ -184,16 +189,11 @@ def mnist_maps(data: Path, model: ResNet, variables: Any, seeds: int, seed: int)
         64 tokens of 64 channels an image.
     """
     with np.load(data / FILES[2]) as file:
-        rows = np.random.default_rng(seed).permutation(len(file["y_train"]))[: seeds * LABELLED]
-        train, train_labels = file["x_train"][rows], file["y_train"][rows]
-        test, test_labels = file["x_test"], file["y_test"]
-    tokens = [tokens_of(model, variables, as_colour(images)) for images in (train, test)]
-    return Maps(
-        jnp.asarray(tokens[0].reshape(seeds, LABELLED, *tokens[0].shape[1:])),
-        jnp.asarray(train_labels.reshape(seeds, LABELLED), jnp.int32),
-        jnp.asarray(tokens[1]),
-        jnp.asarray(test_labels, jnp.int32),
-    )
+        rows = np.random.default_rng(seed).permutation(len(file["y_train"]))[: seeds * LABELLED + DEV]
+        images = np.concatenate([file["x_train"][rows], file["x_test"]])
+        labels = jnp.asarray(np.concatenate([file["y_train"][rows], file["y_test"]]), jnp.int32)
+    tokens = jnp.asarray(tokens_of(model, variables, as_colour(images)))
+    return _split(tokens, labels, [LABELLED] * seeds + [DEV])
 
 
 def digits_maps(seed: int) -> Maps:
@@ -203,69 +203,109 @@ def digits_maps(seed: int) -> Maps:
         seed: of the weights and of the split.
 
     Returns:
-        16 tokens of 64 channels an image, one seed, 897 images to learn from and 900 to judge.
+        16 tokens of 64 channels an image, one seed, 500 images to learn from and 500 to judge.
     """
     from sklearn.datasets import load_digits
 
     raw = load_digits()
-    order = np.random.default_rng(seed).permutation(len(raw.target))
+    order = np.random.default_rng(seed).permutation(len(raw.target))[:1100]
     images = (raw.images[order, ..., None] / 16).astype(np.float32).repeat(2, 1).repeat(2, 2)
-    model = resnet("resnet8", channels=1)
     # Norms take the statistics of the digits, as those of a trained network would be of its data.
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, 16, 16, 1)))
-    run = partial(model.apply, variables, method="features", train=True, mutable="batch_stats")
-    maps = in_batches(lambda x: run(x)[0], images, 599)
-    tokens, labels = jnp.asarray(maps.reshape(len(maps), -1, 64)), jnp.asarray(raw.target[order], jnp.int32)
-    return Maps(tokens[None, :-900], labels[None, :-900], tokens[-900:], labels[-900:])
+    init = partial(resnet("resnet8", channels=1).init_with_output, method="features", train=True)
+    maps, _ = jax.jit(init)(jax.random.key(seed), jnp.asarray(images))
+    tokens = jnp.reshape(maps, (len(images), -1, maps.shape[-1]))
+    return _split(tokens, jnp.asarray(raw.target[order], jnp.int32), [500, 100])
 
 
-def fit(probe: nn.Module, maps: Maps, *, steps: int, rate: float, decay: float, seed: int) -> Fitted:
-    """Trains a probe on frozen features with AdamW and a cosine to zero, once a seed.
+def _split(tokens: jax.Array, labels: jax.Array, sizes: Sequence[int]) -> Maps:
+    """The images of each seed, those to choose on, and the rest."""
+    at = np.cumsum(sizes).tolist()
+    x, y = jnp.split(tokens, at), jnp.split(labels, at)
+    return Maps(x[:-2], y[:-2], x[-2], y[-2], x[-1], y[-1])
+
+
+class Recipe(NamedTuple):
+    """How a model is trained: AdamW, its rate falling to zero by a cosine.
+
+    Attributes:
+        steps: number of updates.
+        rate: the first learning rate.
+        batch: images of an update, drawn with replacement.
+        decay: weight decay, of matrices and kernels alone: not of exponents, scales and biases.
+    """
+
+    steps: int
+    rate: float
+    batch: int = 100
+    decay: float = 0.05
+
+
+def fit(model: nn.Module, maps: Maps, recipe: Recipe, seed: int) -> Fitted:
+    """Trains a model once a seed.
 
     Args:
-        probe: tokens [n, N, D] -> logits [n, 10].
+        model: tokens (or images) -> logits.
         maps: to learn from and to be judged on.
-        steps: of batches of 100.
-        rate: the first learning rate.
-        decay: weight decay, of kernels alone: not of exponents, scales and biases.
-        seed: of the initial values and batches.
+        recipe: how.
+        seed: of the initial values and batches; the same for every model.
 
     Returns:
         Accuracy and parameters of every seed.
     """
-    schedule = optax.cosine_decay_schedule(rate, steps)
     optimizer = optax.adamw(
-        schedule, weight_decay=decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+        optax.cosine_decay_schedule(recipe.rate, recipe.steps),
+        weight_decay=recipe.decay,
+        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
     )
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = probe.apply({"params": params}, x)
+        logits = model.apply({"params": params}, x)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
     @jax.jit
     def train(key: jax.Array, x: jax.Array, y: jax.Array) -> Any:
-        params = nn.unbox(probe.init(key, x[:2]).get("params", {}))
+        params = nn.unbox(model.init(key, x[:2])["params"])
 
         def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
             params, state = carry
-            rows = jax.random.randint(key, (100,), 0, x.shape[0])
+            rows = jax.random.randint(key, (recipe.batch,), 0, x.shape[0])
             gradient = jax.grad(loss)(params, x[rows], y[rows])
-            updates, state = optimizer.update(gradient, state, params)
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        keys = jax.random.split(jax.random.fold_in(key, 1), steps)
+        keys = jax.random.split(jax.random.fold_in(key, 1), recipe.steps)
         return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
 
     trained, accuracies = [], []
-    test = np.asarray(maps.test)
+    test, labels = np.asarray(maps.test), np.asarray(maps.test_labels)
+    answer = jax.jit(lambda params, x: jnp.argmax(model.apply({"params": params}, x), -1))
     for i, (x, y) in enumerate(zip(maps.train, maps.train_labels, strict=True)):
-        with jax.numpy_dtype_promotion("standard"):
-            params = train(jax.random.fold_in(jax.random.key(seed), i), x, y)
-        found = in_batches(lambda x, params=params: probe.apply({"params": params}, x).argmax(-1), test)
-        accuracies.append(100 * float(np.mean(found == np.asarray(maps.test_labels))))
-        trained.append(params)
+        trained.append(train(jax.random.fold_in(jax.random.key(seed), i), x, y))
+        found = in_batches(partial(answer, trained[-1]), test)
+        accuracies.append(100 * float(np.mean(found == labels)))
     size = sum(leaf.size for leaf in jax.tree.leaves(trained[0]))
     return Fitted(np.asarray(accuracies), trained, size)
+
+
+def best_rate(
+    model: nn.Module, maps: Maps, recipe: Recipe, seed: int, rates: Sequence[float] = RATES
+) -> float:
+    """The rate whose training on the first seed's images is the best on `maps.dev`.
+
+    Args:
+        model: as for `fit`.
+        maps: as for `fit`.
+        recipe: as for `fit`; its rate is not used.
+        seed: as for `fit`.
+        rates: to choose from.
+
+    Returns:
+        The rate.
+    """
+    first = Maps(maps.train[:1], maps.train_labels[:1], maps.dev, maps.dev_labels, maps.dev, maps.dev_labels)
+    found = {rate: fit(model, first, recipe._replace(rate=rate), seed).accuracy[0] for rate in rates}
+    return max(found, key=lambda rate: found[rate])
 
 
 class PooledProbe(nn.Module):
