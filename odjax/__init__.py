@@ -1,7 +1,8 @@
 """odjax: on-device and parameter-efficient learning as small, pure, composable JAX pieces.
 
 The public API in one screen; names are loaded when they are first used. The families are submodules:
-`odjax.lowrank`, `odjax.sparse`, `odjax.models`, ...; `odjax.io` exchanges weights and adapters.
+`odjax.lowrank`, `odjax.sparse`, `odjax.heads`, `odjax.models`, ...; `odjax.io` exchanges weights and
+adapters.
 """
 
 import importlib
@@ -12,11 +13,13 @@ from odjax.version import __version__ as __version__
 if TYPE_CHECKING:
     from odjax import continual as continual
     from odjax import core as core
+    from odjax import heads as heads
     from odjax import io as io
     from odjax import lowrank as lowrank
     from odjax import models as models
     from odjax import sparse as sparse
     from odjax.continual.shrink_perturb import shrink_perturb as shrink_perturb
+    from odjax.core.class_moments import class_moments as class_moments
     from odjax.core.edits import Edit as Edit
     from odjax.core.edits import as_transform as as_transform
     from odjax.core.edits import run_edit as run_edit
@@ -45,14 +48,16 @@ if TYPE_CHECKING:
     from odjax.core.trees import combine as combine
     from odjax.core.trees import differences as differences
     from odjax.core.trees import partition as partition
+    from odjax.heads.fixed import FixedHead as FixedHead
     from odjax.lowrank.gradient import rac_lora as rac_lora
     from odjax.registry import METHODS as METHODS
     from odjax.sparse.cannistraci_hebb import chts as chts
     from odjax.sparse.cannistraci_hebb import chtss as chtss
 
-_FAMILIES = ("continual", "core", "io", "lowrank", "models", "registry", "sparse")
+_FAMILIES = ("continual", "core", "heads", "io", "lowrank", "models", "registry", "sparse")
 _HOME = {
     "odjax.continual.shrink_perturb": ("shrink_perturb",),
+    "odjax.core.class_moments": ("class_moments",),
     "odjax.core.edits": ("Edit", "as_transform", "run_edit", "run_edits"),
     "odjax.core.keys": ("fold_path", "fold_step", "keys_like"),
     "odjax.core.optimizer_state": ("map_params_state", "reset_moments"),
@@ -64,6 +69,7 @@ _HOME = {
         *("scan_over", "vmap_over", "weighted_mean"),
     ),
     "odjax.core.trees": ("combine", "differences", "partition"),
+    "odjax.heads.fixed": ("FixedHead",),
     "odjax.lowrank.gradient": ("rac_lora",),
     "odjax.registry": ("METHODS",),
     "odjax.sparse.cannistraci_hebb": ("chts", "chtss"),

@@ -66,12 +66,6 @@ class FixedHead(nn.Module):
 
     Source: Tiomoko Ali et al. 2024, arXiv 2402.18614; Yang et al. 2022, arXiv 2203.09081.
 
-    Args:
-      features: see `__call__`.
-
-    Returns:
-      Logits, see `__call__`.
-
     Example:
       >>> head = FixedHead(10)
       >>> h = jnp.ones((2, 64))

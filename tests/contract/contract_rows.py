@@ -31,12 +31,15 @@ class Row(NamedTuple):
             adapter -> (adapted nn.Module, arguments of its call)
             function -> (function of arrays, arguments)
         label: tells several rows of one api apart.
+        tolerance: of a function whose sums may be taken in another order: how far layouts may differ,
+            relative to the largest value; 0: not in a single bit.
     """
 
     api: str
     kind: str
     build: Callable[[], Any]
     label: str = ""
+    tolerance: float = 0.0
 
     @property
     def id(self) -> str:
@@ -91,6 +94,27 @@ def _weighted_mean():
     from odjax.core.statistics import weighted_mean
 
     return weighted_mean((3,)), _observations
+
+
+def _labelled(key, n):
+    features, weights = _observations(key, n)
+    return features, jax.random.randint(jax.random.fold_in(key, 1), (n,), 0, 4), weights
+
+
+def _class_moments(**options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax.core.class_moments import class_moments
+
+        return class_moments(4, 3, **options), _labelled
+
+    return build
+
+
+def _collapse_gram():
+    from odjax.heads.collapse import collapse_gram
+
+    means = jax.random.normal(KEY, (4, 3))
+    return collapse_gram(means, classifier=means.T + 0.1), _labelled
 
 
 def _product():
@@ -160,6 +184,50 @@ def _mlp(**options: Any) -> Callable[[], Any]:
         from odjax.models import MLP
 
         return MLP((8, 6, 4), **options), (jnp.linspace(-1.0, 1.0, 12).reshape(2, 6),)
+
+    return build
+
+
+def _resnet(**options: Any) -> Callable[[], Any]:
+    def build():
+        from odjax.models import resnet
+
+        return resnet("resnet20", depth=8, width=4, classes=8, **options), (
+            jax.random.normal(KEY, (2, 8, 8, 3)),
+        )
+
+    return build
+
+
+def _head(
+    name: str, *arguments: Any, shape: tuple[int, ...] = (2, 6, 8), **options: Any
+) -> Callable[[], Any]:
+    """A module of odjax.heads on random features."""
+
+    def build():
+        from odjax import heads
+
+        return getattr(heads, name)(*arguments, **options), (jax.random.normal(KEY, shape),)
+
+    return build
+
+
+def _of_features(name: str) -> Callable[[], Any]:
+    """Functions of features, by name."""
+
+    def build():
+        from odjax import heads
+
+        h = jax.random.normal(KEY, (16, 8))
+        code, labels = heads.class_code(jax.random.key(1), 9, 8), jnp.arange(16, dtype=jnp.int32) % 9
+        wide = heads.ClassCode(24, 8, "hadamard")
+        return {
+            "class_code": (lambda h: heads.etf_logits(h, code), (h,)),
+            "dot_regression_loss": (lambda h: heads.dot_regression_loss(h, labels, code), (h,)),
+            "code_cross_entropy": (lambda h: heads.code_cross_entropy(h, labels, wide, chunk=8).loss, (h,)),
+            "hadamard_logits": (lambda h: heads.hadamard_logits(wide.key, h, 24), (h,)),
+            "one_vs_rest_margins": (lambda h: heads.one_vs_rest_margins(h, iterations=50), (h,)),
+        }[name]
 
     return build
 
@@ -240,6 +308,24 @@ ROWS: tuple[Row, ...] = (
     Row("odjax.core.statistics.moments", "statistic", _moments(ddof=1), "ddof"),
     Row("odjax.core.statistics.weighted_mean", "statistic", _weighted_mean),
     Row("odjax.core.statistics.product", "statistic", _product),
+    Row("odjax.core.class_moments.class_moments", "statistic", _class_moments()),
+    Row("odjax.core.class_moments.class_moments", "statistic", _class_moments(origin=jnp.ones(3)), "origin"),
+    Row("odjax.heads.collapse.collapse_gram", "statistic", _collapse_gram),
+    Row("odjax.heads.codes.class_code", "function", _of_features("class_code"), "", 1e-6),
+    Row("odjax.heads.losses.dot_regression_loss", "function", _of_features("dot_regression_loss"), "", 1e-6),
+    Row("odjax.heads.vocab.code_cross_entropy", "function", _of_features("code_cross_entropy"), "", 1e-6),
+    Row("odjax.heads.hadamard.hadamard_logits", "function", _of_features("hadamard_logits"), "", 1e-6),
+    Row("odjax.heads.margins.one_vs_rest_margins", "function", _of_features("one_vs_rest_margins"), "", 1e-4),
+    Row("odjax.heads.fixed.FixedHead", "module", _head("FixedHead", 10, norm="bn+l2", shape=(4, 16))),
+    Row("odjax.heads.ggem.GGeM", "module", _head("GGeM", 4)),
+    Row("odjax.heads.ggem.GGeM", "module", _head("GGeM", 4, signed=True), "signed"),
+    Row("odjax.heads.moment_probing.MHC3", "module", _head("MHC3", dim=28, shape=(2, 5, 6))),
+    Row(
+        "odjax.heads.moment_probing.MomentProbe",
+        "module",
+        _head("MomentProbe", 3, first_order="mean_norm", dim=28, shape=(2, 5, 6)),
+    ),
+    Row("odjax.heads.recalibration.PSRP", "module", _head("PSRP", rank=4)),
     Row("odjax.core.selection.top_k_mask", "function", _top_k),
     Row("odjax.core.selection.gumbel_top_k_mask", "function", _gumbel),
     Row("odjax.models.decoder.Decoder", "module", _decoder(), "scan"),
@@ -248,6 +334,7 @@ ROWS: tuple[Row, ...] = (
     Row("odjax.models.bert.Bert", "module", _bert()),
     Row("odjax.models.encoder_decoder.EncoderDecoder", "module", _encoder_decoder()),
     Row("odjax.models.mlp.MLP", "module", _mlp()),
+    Row("odjax.models.resnet.ResNet", "module", _resnet()),
 )
 
 

@@ -85,9 +85,10 @@ def test_eight_devices_agree_with_one(row):
 @ROWS
 def test_a_row_of_weight_one_counts_once_and_one_of_weight_zero_not_at_all(row):
     stat, batch = row.build()
-    values, _ = batch(KEY, 6)
-    observe = jax.jit(lambda v, w: stat.observe(stat.zero(), v, w))
-    ones = stat.result(observe(values, jnp.ones(6)))
-    close(ones, stat.result(stat.observe(stat.zero(), values)))
-    padded = jnp.concatenate([values, jnp.full_like(values, jnp.nan)])
-    close(ones, stat.result(observe(padded, jnp.concatenate([jnp.ones(6), jnp.zeros(6)]))))
+    *rows, _ = batch(KEY, 6)
+    observe = jax.jit(lambda w, *rows: stat.observe(stat.zero(), *rows, w))
+    ones = stat.result(observe(jnp.ones(6), *rows))
+    close(ones, stat.result(stat.observe(stat.zero(), *rows)))
+    values, *labels = rows
+    padded = (jnp.concatenate([values, jnp.full_like(values, jnp.nan)]), *(jnp.tile(y, 2) for y in labels))
+    close(ones, stat.result(observe(jnp.concatenate([jnp.ones(6), jnp.zeros(6)]), *padded)))

@@ -18,7 +18,16 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
-    "name", ["lm_stdlib", "lm_rac_lora", "vit_digits", "mlp_digits", "mlp_digits_sparse"]
+    "name",
+    [
+        "lm_stdlib",
+        "lm_rac_lora",
+        "lm_fixed_head",
+        "vit_digits",
+        "mlp_digits",
+        "mlp_digits_sparse",
+        "mlp_digits_etf",
+    ],
 )
 def test_a_configuration_builds_with_its_defaults(name, program_of):
     program = program_of(load(CONFIGS / f"{name}.py").experiment(), 1, 1, 1)

@@ -45,6 +45,17 @@ def test_the_example_of_low_rank_adaptation_runs():
     assert names["edit"].due(100)
 
 
+def test_the_examples_of_heads_run():
+    code = re.findall(r"```python\n(.*?)```", (README.parent / "docs/heads.md").read_text(), re.DOTALL)
+    names = {}
+    for each in code:
+        exec(each, names)
+    assert names["loss"].shape == (8,)
+    assert "constants" not in names["variables"]
+    assert names["measures"][0].name == "collapse"
+    assert float(names["moments"].variance[0]) > 0
+
+
 def test_every_file_that_is_linked_exists():
     for page in [README, *README.parent.glob("docs/*.md"), README.parent / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
