@@ -28,6 +28,7 @@ from odjax_train.proofs.etf_head_training import (
     Recipe,
     Trained,
     accuracy,
+    class_vectors,
     collapse,
     train,
 )
@@ -154,6 +155,8 @@ def constancy_claims(rows: dict[str, Row]) -> list[Claim]:
     """
     kept = {head: (row.trained.head_bytes, row.trained.optimizer_bytes) for head, row in rows.items()}
     shown = ", ".join(f"{head} {a:,} + {b:,}" for head, (a, b) in kept.items())
+    d, classes = class_vectors(rows[LEARNABLE].trained.model, rows[LEARNABLE].trained.variables).shape[1:]
+    learnable = 4 * (d + 1) * classes
     changed, numbers = 0, 0
     for head in (CE, DR):
         trained = rows[head].trained
@@ -168,9 +171,9 @@ def constancy_claims(rows: dict[str, Row]) -> list[Claim]:
     return [
         Claim(
             "A fixed head has no parameters and no optimizer state.",
-            "0 + 0 bytes; 4 (d K + K) and twice that for a learnable head with AdamW",
+            "0 + 0 bytes; 4 (d + 1) K and twice that for a learnable head with AdamW",
             f"{shown} bytes",
-            kept[CE] == kept[DR] == (0, 0) and kept[LEARNABLE] == (4 * 650, 8 * 650),
+            kept[CE] == kept[DR] == (0, 0) and kept[LEARNABLE] == (learnable, 2 * learnable),
         ),
         Claim(
             "Its vectors are the same bits after training with weight decay.",

@@ -18,9 +18,9 @@ from odjax_train.proofs.etf_head_training import (
 )
 from odjax_train.proofs.figure import save_figure
 
-METRICS = {"within_between": "spread within / between", "nc2": "NC2", "nc3": "NC3"}
+METRICS = {"within_between": "within / between", "nc2": "NC2", "nc3": "NC3"}
 COLOURS = {LEARNABLE: "#94a3b8", CE: "#60a5fa", DR: "#ea580c"}
-PER_CLASS = 40
+PER_CLASS = 30
 
 
 def _plane(vectors: np.ndarray) -> np.ndarray:
@@ -78,17 +78,18 @@ def feature_figure(path: Path, runs: dict[str, Trained], data: Data, spreads: di
                 own = points[y[rows] == k]
                 ax.plot([0, right], [0, up], color=colour, linewidth=0.8, alpha=0.5, zorder=1)
                 ax.plot(*own.T, "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.55, zorder=2)
-                ax.plot(right, up, "o", color=colour, mec="black", mew=1, markersize=8, zorder=3)
+                ax.plot(right, up, "o", color=colour, mec="black", mew=0.8, markersize=13, zorder=3)
                 ax.annotate(
                     str(k),
-                    (1.3 * right, 1.3 * up),
+                    (right, up),
                     ha="center",
-                    va="center",
-                    fontsize=10,
-                    color=colour,
+                    va="center_baseline",
+                    fontsize=9,
+                    color="white",
                     weight="bold",
+                    zorder=4,
                 )
-            ax.set(xlim=(-0.85, 0.85), ylim=(-0.85, 0.85), aspect="equal", xticks=[], yticks=[])
+            ax.set(xlim=(-0.95, 0.95), ylim=(-0.95, 0.95), aspect="equal", xticks=[], yticks=[])
             ax.set_title(title, fontsize=10)
             for side in ax.spines.values():
                 side.set_color("#cbd5e1")
