@@ -44,7 +44,7 @@ class BatchNorm(nn.Module):
         >>> x = jnp.array([[1.0], [3.0]])
         >>> variables = norm.init(jax.random.key(0), x)
         >>> y, moved = norm.apply(variables, x, train=True, mutable="batch_stats")
-        >>> [round(float(v), 3) for v in (y[1, 0], *moved["batch_stats"].values())]
+        >>> [round(float(v), 3) for v in (y[1, 0], *map(jnp.squeeze, moved["batch_stats"].values()))]
         [1.0, 0.2, 1.1]
     """
 

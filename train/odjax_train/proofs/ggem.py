@@ -36,7 +36,7 @@ from odjax_train.proofs.figure import save_figure
 from odjax_train.proofs.proof import Claim, Proof
 
 SEEDS, RATE, STEPS = 5, 3e-3, 1500
-VIT_IMAGES, VIT_RECIPE = 10_000, Recipe(400, 2e-3, 50)
+VIT_IMAGES, VIT_JUDGED, VIT_RECIPE = 10_000, 5_000, Recipe(300, 2e-3, 50)
 EPS = 1e-6
 
 
@@ -160,10 +160,9 @@ def vit_images(data: Path, seeds: int) -> Maps:
     Returns:
         Images [n, 28, 28, 1] in -1 to 1 in place of tokens.
     """
+    counts = {"train": VIT_IMAGES, "test": VIT_JUDGED}
     with np.load(data / FILES[2]) as file:
-        x, y = (
-            [jnp.asarray(file[f"{a}_{part}"][:VIT_IMAGES]) for part in ("train", "test")] for a in ("x", "y")
-        )
+        x, y = ([jnp.asarray(file[f"{a}_{part}"][:n]) for part, n in counts.items()] for a in ("x", "y"))
     x = [images[..., None].astype(jnp.float32) / 127.5 - 1 for images in x]
     y = [labels.astype(jnp.int32) for labels in y]
     return Maps([x[0]] * seeds, [y[0]] * seeds, x[1], y[1], x[1], y[1])

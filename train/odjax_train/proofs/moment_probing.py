@@ -198,7 +198,7 @@ def prove(folder: Path, *, quick: bool, seed: int) -> Proof:
 def _quick(folder: Path, seed: int) -> Proof:
     maps = digits_maps(seed)
     probes = {"mean": PooledProbe(TokenPool("mean")), "moment probing": probe()}
-    found = {name: fit(module, maps, Recipe(100, 1e-2), seed) for name, module in probes.items()}
+    found = {name: fit(module, maps, Recipe(60, 1e-2, 50), seed) for name, module in probes.items()}
     plot = bars(folder, found, "scikit-learn's digits, random network")
     least = min(run.accuracy.min() for run in found.values())
     claims = [
