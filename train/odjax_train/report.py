@@ -153,7 +153,8 @@ def _measures(runs: Sequence[Run]) -> str:
         measure, _, figure = name.partition("/")
         dots = {run.folder.name: _series(run.measures, name) for run in runs}
         dots = {label: xy for label, xy in dots.items() if xy[0]}
-        log = all(value > 0 for _, ys in dots.values() for value in ys)
+        values = [value for _, ys in dots.values() for value in ys]
+        log = min(values) > 0 and max(values) > 3 * min(values)
         sections.setdefault(measure, []).append(lines(figure.replace("_", " "), {}, dots=dots, log=log))
     return "".join(
         f'<h2>{_e(measure.capitalize())}</h2><div class="plots">{"".join(plots)}</div>'
