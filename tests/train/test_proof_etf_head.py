@@ -32,7 +32,7 @@ from odjax_train.proofs.etf_head_training import (
 )
 from odjax_train.proofs.etf_head_transfer import (
     Target,
-    digits_targets,
+    digits_transfers,
     of_classes,
     omniglot,
     probe,
@@ -152,15 +152,17 @@ def test_claims_hold_within_half_a_point_and_above_their_ratios(row, holds):
 
 def test_a_transfer_is_reported_whichever_head_is_best():
     found = {LEARNABLE: np.array([90.0, 92.0]), CE: np.array([80.0, 80.0]), DR: np.array([93.0, 91.0])}
-    claim = transfer_claim("somewhere", found)
+    claim = transfer_claim("elsewhere", "here, then there", found)
     assert claim.holds
-    assert "not claimed" in claim.text
-    assert claim.measured == (
-        "learnable 91.0 ± 1.4 %, ETF + CE 80.0 ± 0.0 %, ETF + DR 92.0 ± 1.4 % (linear probe, 2 seeds); "
-        "the best here: ETF + DR"
+    assert claim.text == (
+        "Transfer to elsewhere is measured, and no head is claimed to win: here, then there."
     )
-    assert not transfer_claim("somewhere", {**found, CE: np.array([80.0, np.nan])}).holds
-    assert not transfer_claim("somewhere", {LEARNABLE: found[LEARNABLE]}).holds
+    assert claim.measured == (
+        "learnable 91.0 ± 1.4 %, ETF + CE 80.0 ± 0.0 %, ETF + DR 92.0 ± 1.4 %; "
+        "fixed less learnable -11.0 ± 1.4 and 1.0 ± 2.8 points (linear probe, 2 seeds)"
+    )
+    assert not transfer_claim("elsewhere", "here, then there", {**found, CE: np.array([80.0, np.nan])}).holds
+    assert not transfer_claim("elsewhere", "here, then there", {LEARNABLE: found[LEARNABLE]}).holds
 
 
 def test_a_probe_reads_the_digits_from_few_labels_and_follows_its_seed(rows, data):
@@ -185,7 +187,8 @@ def test_mirrored_and_transposed_is_a_quarter_turn(data):
 
 
 def test_new_classes_are_numbered_from_zero_and_were_not_in_the_training(data):
-    (pretrained, classes, target), (whole, ten, _) = digits_targets(*data).values()
+    new, turned_ones = digits_transfers(*data).values()
+    (_, pretrained, classes, target), (_, whole, ten, _) = new, turned_ones
     assert (classes, ten) == (7, 10)
     assert np.unique(pretrained[1]).tolist() == list(range(7))
     assert np.unique(target.pool[1]).tolist() == np.unique(target.test[1]).tolist() == [0, 1, 2]

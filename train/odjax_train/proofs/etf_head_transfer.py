@@ -2,7 +2,8 @@
 
 The head is dropped, the backbone frozen, and a logistic regression learns new labels from few images. The
 paper trains on ImageNet and probes fine-grained sets, which needs accelerators. Toys do not settle which head
-transfers best: what comes out here is reported, and no head is claimed to win.
+transfers best: what comes out here is reported, and no head is claimed to win. It speaks against more collapse
+being better, so far: dot regression, which collapses most, came out last in every transfer.
 """
 
 import zipfile
@@ -31,6 +32,22 @@ class Target(NamedTuple):
     test: Data
     labels: int
     classes: int | None = None
+
+
+class Transfer(NamedTuple):
+    """What a network is trained on, and what its features are then probed on.
+
+    Attributes:
+        how: from what to what, in words.
+        images: to train the network on, and their labels.
+        classes: how many there are.
+        target: of the probe.
+    """
+
+    how: str
+    images: Data
+    classes: int
+    target: Target
 
 
 def of_classes(data: Data, classes: range) -> Data:
@@ -84,7 +101,7 @@ def omniglot(path: Path, drawers: int = 10) -> tuple[Data, Data]:
     return first, second
 
 
-def digits_targets(train: Data, test: Data) -> dict[str, tuple[Data, int, Target]]:
+def digits_transfers(train: Data, test: Data) -> dict[str, Transfer]:
     """Two ways to leave scikit-learn's digits: to classes never seen, and to images never seen like that.
 
     Args:
@@ -92,19 +109,17 @@ def digits_targets(train: Data, test: Data) -> dict[str, tuple[Data, int, Target
         test: to be judged on.
 
     Returns:
-        Name -> (images to train the network on, their number of classes, what it is probed on).
+        Name -> the transfer.
     """
     seen, new = range(7), range(7, 10)
+    unseen = Target(of_classes(train, new), of_classes(test, new), 20)
     return {
-        "new classes (digits 0 to 6, then 7 to 9 with 60 labels)": (
-            of_classes(train, seen),
-            len(seen),
-            Target(of_classes(train, new), of_classes(test, new), 20),
+        "new classes": Transfer(
+            "digits 0 to 6, then 7 to 9 with 60 labels", of_classes(train, seen), len(seen), unseen
         ),
-        "another domain (digits, then mirrored and transposed ones with 200 labels)": (
-            train,
-            10,
-            Target(turned(train, 8), turned(test, 8), 20),
+        "another domain": Transfer(
+            "digits, then mirrored and transposed ones with 200 labels",
+            *(train, 10, Target(turned(train, 8), turned(test, 8), 20)),
         ),
     }
 
