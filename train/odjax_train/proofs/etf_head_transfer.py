@@ -2,8 +2,8 @@
 
 The head is dropped, the backbone frozen, and a logistic regression learns new labels from few images. The
 paper trains on ImageNet and probes fine-grained sets, which needs accelerators. Toys do not settle which head
-transfers best: what comes out here is reported, and no head is claimed to win. It speaks against more collapse
-being better, so far: dot regression, which collapses most, came out last in every transfer.
+transfers best: what comes out here is reported, and no head is claimed to win. So far it speaks against more
+collapse being better: dot regression, which collapses most, came out last in every transfer.
 """
 
 import zipfile
