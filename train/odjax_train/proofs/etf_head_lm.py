@@ -4,6 +4,10 @@ A decoder is trained on tiny-shakespeare (`tinyshakespeare.txt` in the folder of
 ODJAX_DATA_DIR; its last tenth is held out) with a learned head, with a Hadamard code and with random unit
 vectors in its place: the same weights at the start, the same batches, the same optimizer. The quick version
 takes the topics of the Python language reference instead.
+
+The text has 65 of the 256 bytes. A learned head gives all others one direction; a block of the Hadamard code
+is an orthonormal basis, so that the squares of its logits add up to those of the features (times the scale
+squared) whether its bytes ever occur or not. What is lost to them is therefore measured apart.
 """
 
 import os
@@ -61,6 +65,8 @@ class Recipe(NamedTuple):
     heads: tuple[str, ...]
 
 
+# After 300 steps of 32 sequences with another seed, at width 64: scales 1, 2 and 4 lose 2.73, 2.41 and 2.31
+# nats at rate 3e-3, scales 4 and 8 both 2.18 at 1e-2; the learned head 2.10 and 2.01 at these rates.
 FULL = (
     Recipe(64, 2, 128, 16, 600, 60, 1e-2, 50, 4.0, ("learned", "Hadamard", "sphere")),
     Recipe(128, 2, 128, 16, 600, 60, 1e-2, 50, 4.0, ("learned", "Hadamard")),
@@ -340,31 +346,35 @@ def _learns(recipe: Recipe, fits: dict[str, tuple[Fitted, ...]], corpus: Corpus)
 
 
 def _quality(recipe: Recipe, fits: dict[str, tuple[Fitted, ...]]) -> list[Claim]:
-    loss = {name: _mean(several, "loss") for name, several in fits.items()}
-    gap = loss["Hadamard"] - loss["learned"]
-    among = _mean(fits["Hadamard"], "among") - _mean(fits["learned"], "among")
+    def above(name: str, field: str) -> tuple[str, float]:
+        """By how much the Hadamard head loses more than another one, of every seed and at most."""
+        pairs = zip(fits["Hadamard"], fits[name], strict=True)
+        gaps = [getattr(mine.judged, field) - getattr(other.judged, field) for mine, other in pairs]
+        return " ".join(f"{gap:+.3f}" for gap in gaps), max(gaps)
+
+    loss, among = above("learned", "loss"), above("learned", "among")
     claims = [
         Claim(
             f"A fixed Hadamard head predicts as well as a learned one (d = {recipe.width}).",
-            f"at most {CLOSE} nats per held-out byte more, mean of {SEEDS} seeds",
-            f"{gap:+.3f} ({_shown(fits, 'loss')}; bytes rarer than {RARE:g}: {_shown(fits, 'rare', 2)})",
-            gap <= CLOSE,
+            f"at most {CLOSE} nats per held-out byte more, with each of {SEEDS} seeds",
+            f"{loss[0]} ({_shown(fits, 'loss')}; bytes rarer than {RARE:g}: {_shown(fits, 'rare', 2)})",
+            loss[1] <= CLOSE,
         ),
         Claim(
             f"It does so among the bytes that occur at all (d = {recipe.width}).",
             f"at most {CLOSE} nats per held-out byte more, without what is lost to bytes that never occur",
-            f"{among:+.3f} (lost to them: {_shown(fits, 'absent')})",
-            among <= CLOSE,
+            f"{among[0]} (lost to them: {_shown(fits, 'absent')})",
+            among[1] <= CLOSE,
         ),
     ]
-    if "sphere" in loss:
-        ahead = loss["Hadamard"] - loss["sphere"]
+    if "sphere" in fits:
+        sphere = above("sphere", "loss")
         claims.append(
             Claim(
                 f"Hadamard bases are at least as good as random unit vectors (d = {recipe.width}).",
-                f"Hadamard - sphere at most 0, mean of {SEEDS} seeds",
-                f"{ahead:+.3f}",
-                ahead <= 0,
+                f"Hadamard - sphere at most 0 nats per held-out byte, with each of {SEEDS} seeds",
+                sphere[0],
+                sphere[1] <= 0,
             )
         )
     return claims
