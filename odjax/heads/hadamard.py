@@ -13,16 +13,20 @@ matrix products instead of d in one, and log2(d) for w = d with the butterflies 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from odjax.core import statistics_dtype
 
 # As wide as the matrix units of TPUs.
 WIDTH = 128
+# Where the first sum is fused into the second product it has few terms; see benchmarks/fixed_head.py.
+_FUSED_WIDTH, _FUSED_TERMS, _FUSED_GROUPS = 512, 8, 64
 
 
 def is_power_of_two(n: int) -> bool:
@@ -166,20 +170,130 @@ def hadamard_group_logits(
     """
     count, dim = h.shape
     left = dim // width
-    classes = groups * width
-    i_hi = jnp.arange(left, dtype=jnp.uint32)
-    j_hi = ((classes % dim) // width).astype(jnp.uint32)
-    minus = (jax.lax.population_count(i_hi[None, :] & j_hi[:, None]) & 1) == 1
-    minus = jnp.broadcast_to(minus[:, :, None], (groups.shape[0], left, width))
-    if key is not None:
-        minus = minus ^ jnp.reshape(block_signs(key, classes // dim, dim), minus.shape)
-    signs = jnp.where(minus, -1, 1).astype(h.dtype)
+    signs = _group_signs(key, groups, width, dim, h.dtype)
     x = jnp.reshape(h, (count, left, width)) * jnp.asarray(1 / math.sqrt(dim), h.dtype)
     if left == 1:
         sums = signs[None, :, 0] * x
     else:
         sums = _dot("gip,nip->ngp", signs, x)
     return walsh_hadamard(sums, radix=radix)
+
+
+def _group_signs(
+    key: jax.Array | None, groups: jax.Array, width: int, dim: int, dtype: DTypeLike
+) -> jax.Array:
+    """H_{d/w}[j_hi, i_hi] D_b[i_hi, i_lo], for j_hi and b of every group: [g, d / width, width]."""
+    classes = groups * width
+    i_hi = jnp.arange(dim // width, dtype=jnp.uint32)
+    j_hi = ((classes % dim) // width).astype(jnp.uint32)
+    minus = (jax.lax.population_count(i_hi[None, :] & j_hi[:, None]) & 1) == 1
+    minus = jnp.broadcast_to(minus[:, :, None], (groups.shape[0], dim // width, width))
+    if key is not None:
+        minus = minus ^ jnp.reshape(block_signs(key, classes // dim, dim), minus.shape)
+    return jnp.where(minus, -1, 1).astype(dtype)
+
+
+def range_width(classes: int, dim: int, dtype: DTypeLike) -> int:
+    """What the ends of the ranges of `range_logits` must be multiples of.
+
+    Args:
+      classes: that are computed on one device.
+      dim: a power of two.
+      dtype: of the features.
+
+    Returns:
+      A power of two that divides `dim`.
+    """
+    most = max(_FUSED_WIDTH, dim // _FUSED_TERMS) if dtype == jnp.bfloat16 else WIDTH
+    return min(dim, most, 1 << (classes.bit_length() - 1))
+
+
+def range_logits(key: jax.Array | None, h: jax.Array, first: jax.Array, count: int, width: int) -> jax.Array:
+    """Logits of neighbouring classes, whose transpose is `range_features`; not to be differentiated.
+
+    A sum of few terms is cheapest as an operand of the second product on a TPU, in bfloat16: its matrix unit
+    would pad the short sums of a product of their own, and the layouts of the two would differ. With float32
+    features, and elsewhere, it is a product of its own.
+
+    Args:
+      key: as in `hadamard_columns`.
+      h: features [n, d], d a power of two.
+      first: the first class, a multiple of `width`.
+      count: of classes, a multiple of `width`.
+      width: of `range_width`.
+
+    Returns:
+      [n, count], float32 (float64 for float64 features).
+    """
+    dim = h.shape[-1]
+
+    def fused(h: jax.Array, first: jax.Array) -> jax.Array:
+        groups = first // width + jnp.arange(count // width, dtype=jnp.int32)
+        signs = _group_signs(key, groups, width, dim, h.dtype)
+        x = h
+        parts = [x[:, i * width : (i + 1) * width] for i in range(dim // width)]
+        sums = functools.reduce(jnp.add, [signs[None, :, i] * part[:, None] for i, part in enumerate(parts)])
+        out = _in_bfloat16("ngp,pf->ngf", sums, width) / math.sqrt(dim)
+        return jnp.reshape(out, (-1, count))
+
+    def by_products(h: jax.Array, first: jax.Array) -> jax.Array:
+        return jnp.reshape(_product_logits(key, h, first, count, width), (-1, count))
+
+    if h.dtype != jnp.bfloat16 or count // width > _FUSED_GROUPS:
+        return by_products(h, first)
+    return jax.lax.platform_dependent(h, first, tpu=fused, default=by_products)
+
+
+def range_features(
+    key: jax.Array | None, shares: jax.Array, first: jax.Array, width: int, h: jax.Array
+) -> jax.Array:
+    """The transpose of `range_logits`: sum_k shares[n, k] w_k, over a range of classes.
+
+    Args:
+      key: as in `range_logits`.
+      shares: [n, count], float32 (float64 for float64 features); rounded to the dtype of `h` in products.
+      first: as in `range_logits`.
+      width: as in `range_logits`.
+      h: the features, for their shape [n, d] and dtype.
+
+    Returns:
+      [n, d] in the dtype of `shares`.
+    """
+    samples, dim = h.shape
+    count = shares.shape[1]
+
+    def fused(shares: jax.Array, first: jax.Array) -> jax.Array:
+        groups = first // width + jnp.arange(count // width, dtype=jnp.int32)
+        signs = _group_signs(key, groups, width, dim, jnp.float32) / math.sqrt(dim)
+        sums = _in_bfloat16("ngf,fp->ngp", jnp.reshape(shares, (samples, -1, width)), width)
+        sums = sums.astype(jnp.bfloat16)  # a rounding a factor, for half of the traffic
+        parts = [sums[:, g].astype(jnp.float32) for g in range(count // width)]
+        rows = [
+            functools.reduce(jnp.add, [signs[None, g, i] * part for g, part in enumerate(parts)])
+            for i in range(dim // width)
+        ]
+        return jnp.concatenate(rows, axis=1)
+
+    def by_products(shares: jax.Array, first: jax.Array) -> jax.Array:
+        transpose = jax.linear_transpose(lambda h: _product_logits(key, h, first, count, width), h)
+        return transpose(jnp.reshape(shares, (samples, -1, min(width, WIDTH))))[0].astype(shares.dtype)
+
+    if h.dtype != jnp.bfloat16 or count // width > _FUSED_GROUPS:
+        return by_products(shares, first)
+    return jax.lax.platform_dependent(shares, first, tpu=fused, default=by_products)
+
+
+def _product_logits(
+    key: jax.Array | None, h: jax.Array, first: jax.Array, count: int, width: int
+) -> jax.Array:
+    width = min(width, WIDTH)
+    groups = first // width + jnp.arange(count // width, dtype=jnp.int32)
+    return hadamard_group_logits(key, h, groups, width).astype(statistics_dtype(h))
+
+
+def _in_bfloat16(equation: str, x: jax.Array, width: int) -> jax.Array:
+    signs = jnp.asarray(walsh_matrix(width), jnp.bfloat16)
+    return jnp.einsum(equation, x.astype(jnp.bfloat16), signs, preferred_element_type=jnp.float32)
 
 
 def hadamard_logits(

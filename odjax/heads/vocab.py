@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from odjax.core import statistics_dtype
 from odjax.heads.codes import ClassCode
-from odjax.heads.hadamard import hadamard_group_logits, hadamard_width
+from odjax.heads.hadamard import range_features, range_logits, range_width
 
 CHUNK = 8192
 
@@ -68,7 +68,7 @@ def code_cross_entropy(
       labels: int32 [...], in [0, K). Traced ones are not checked: outside, the loss is the log-sum-exp.
       code: whose columns can be made from their numbers (`ClassCode.by_number`).
       scale: inverse temperature.
-      chunk: classes at a time, of one shard.
+      chunk: classes at a time, of one shard; about as many, at most.
       mesh: of `axis`; None: the mesh in force, of `jax.set_mesh`.
       axis: mesh axis that the classes are divided over, of type Auto; it must divide their number. None: no
         division.
@@ -104,9 +104,12 @@ def code_cross_entropy(
         mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
         shards = _size(mesh, axis, code.num_classes)
     mine = code.num_classes // shards
-    width = hadamard_width(mine, code.dim) if code.kind == "hadamard" else 1
-    size = max(1, min(chunk, mine) // width) * width
-    plan = _Plan(code, float(scale), shards, -(-mine // size), size, width, mesh, axis)
+    width = range_width(mine, code.dim, features.dtype) if code.kind == "hadamard" else 1
+    # Ranges of classes start at multiples of the width: those of a shard may start before its own classes.
+    reach = mine if shards == 1 else mine + width - math.gcd(mine, width)
+    steps = -(-reach // max(chunk // width * width, width))
+    size = -(-reach // (steps * width)) * width
+    plan = _Plan(code, float(scale), shards, steps, size, width, mesh, axis)
     flat = jnp.reshape(features, (math.prod(labels.shape), code.dim))
     loss, correct = _losses(plan, flat, jnp.reshape(labels, (-1,)).astype(jnp.int32))
     return TokenLosses(jnp.reshape(loss, labels.shape), jnp.reshape(correct, labels.shape))
@@ -147,28 +150,31 @@ def _size(mesh: Mesh | AbstractMesh, axis: str, classes: int) -> int:
     return mesh.shape[axis]
 
 
-def _chunk_logits(
+def _chunk(
     plan: _Plan, h: jax.Array, shard: jax.Array, step: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
     """Logits float32 [n, chunk] of a chunk of a shard's classes without the scale, and their numbers [chunk].
 
-    Numbers of classes beyond the shard's are -1.
+    Numbers of classes that are not the shard's are -1. The last part is the transpose, float32 [n, chunk] ->
+    [n, d].
     """
     code = plan.code
     mine = code.num_classes // plan.shards
-    own = step * plan.chunk + jnp.arange(plan.chunk, dtype=jnp.int32)
-    classes = jnp.where(own < mine, shard * mine + own, -1)
+    own = shard * mine
+    first = own // plan.width * plan.width + step * plan.chunk
+    classes = first + jnp.arange(plan.chunk, dtype=jnp.int32)
+    kept = jnp.where((classes >= own) & (classes < own + mine), classes, -1)
     if code.kind == "hadamard":
-        first = (shard * mine + step * plan.chunk) // plan.width
-        groups = first + jnp.arange(plan.chunk // plan.width, dtype=jnp.int32)
-        logits = hadamard_group_logits(code.key, h, groups, plan.width)
-        logits = jnp.reshape(logits, (h.shape[0], plan.chunk)).astype(statistics_dtype(h))
-    else:
-        columns = code.columns(jnp.maximum(classes, 0)).astype(h.dtype)
-        logits = jnp.einsum(
-            "nd,cd->nc", h, columns, preferred_element_type=statistics_dtype(h), precision=_exact(h)
+        logits = range_logits(code.key, h, first, plan.chunk, plan.width)
+        return logits, kept, lambda shares: range_features(code.key, shares, first, plan.width, h)
+    columns = code.columns(jnp.maximum(kept, 0)).astype(h.dtype)
+
+    def product(equation: str, x: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            equation, x, columns, preferred_element_type=statistics_dtype(h), precision=_exact(h)
         )
-    return logits, classes
+
+    return product("nd,cd->nc", h), kept, lambda shares: product("nc,cd->nd", shares.astype(h.dtype))
 
 
 def _exact(h: jax.Array) -> jax.lax.Precision | None:
@@ -189,7 +195,7 @@ def _observe(plan: _Plan, h: jax.Array, labels: jax.Array, shard: jax.Array) -> 
     wide = statistics_dtype(h)
 
     def add(seen: _Seen, step: jax.Array) -> tuple[_Seen, None]:
-        logits, classes = _chunk_logits(plan, h, shard, step)
+        logits, classes, _ = _chunk(plan, h, shard, step)
         logits = jnp.where((classes >= 0)[None], logits * jnp.asarray(plan.scale, wide), -jnp.inf)
         best = jnp.argmax(logits, axis=1)
         high = jnp.max(logits, axis=1)
@@ -259,12 +265,12 @@ def _gradient(
         wide = statistics_dtype(h)
 
         def add(total: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
-            logits, back, classes = jax.vjp(lambda h: _chunk_logits(plan, h, shard, step), h, has_aux=True)
+            logits, classes, back = _chunk(plan, h, shard, step)
             scaled = logits * jnp.asarray(plan.scale, wide) - normalizer[:, None]
             share = jnp.where((classes >= 0)[None], jnp.exp(scaled), 0)
             hit = (classes[None] == labels[:, None]).astype(wide)
-            (one,) = back((share - hit) * (weight * jnp.asarray(plan.scale, wide))[:, None])
-            return total + one.astype(wide), None
+            shares = (share - hit) * (weight * jnp.asarray(plan.scale, wide))[:, None]
+            return total + back(shares), None
 
         total = _over_chunks(plan, add, jnp.zeros(h.shape, wide))
         return total if plan.axis is None else jax.lax.psum(total, plan.axis)

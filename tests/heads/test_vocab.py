@@ -111,6 +111,33 @@ def test_float64_features_give_the_loss_to_twelve_digits():
         np.testing.assert_allclose(code_cross_entropy(h, y, code, chunk=8).loss, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dim, classes", [(1024, 1100), (64, 100)])
+def test_the_products_of_a_tpu_give_the_loss_and_gradient_to_bfloat16(monkeypatch, dim, classes):
+    code = ClassCode(classes, dim, "hadamard")
+    h, y, w = batch(code, shape=(4,))
+    expected, its_gradient = reference(code)(h, y, w)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, tpu, default: tpu(*arrays))
+
+    def total(h):
+        return jnp.sum(w * code_cross_entropy(h, y, code, scale=1.5, chunk=512).loss)
+
+    loss, gradient = jax.value_and_grad(total)(h.astype(jnp.bfloat16))
+    np.testing.assert_allclose(loss, expected, rtol=2**-8)
+    scale = float(jnp.abs(its_gradient).max())
+    np.testing.assert_allclose(gradient.astype(jnp.float32), its_gradient, atol=4 * 2**-8 * scale)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_a_number_of_classes_that_no_power_of_two_divides_is_as_good(shards):
+    code = ClassCode(1004, 64, "hadamard")  # a shard begins inside a group of classes
+    arguments = batch(code)
+    with jax.set_mesh(mesh_of(shards)):
+        loss, gradient = weighted(code, chunk=128, axis="tensor")(*arguments)
+    expected, its_gradient = reference(code)(*arguments)
+    np.testing.assert_allclose(loss, expected, rtol=2e-6)
+    np.testing.assert_allclose(gradient, its_gradient, atol=2e-6)
+
+
 def test_large_features_do_not_overflow():
     code = ClassCode(64, 16, "hadamard")
     value, gradient = jax.value_and_grad(
