@@ -7,7 +7,7 @@ import pytest
 from odjax.registry import METHODS
 from odjax_train.proofs import Claim, Proof, load_proof, record, recorded_results, run_proof
 
-PROVED = [proof for method in METHODS for proof in method.proofs]
+PROVED = list(dict.fromkeys(proof for method in METHODS for proof in method.proofs))
 
 
 @pytest.fixture(scope="module", params=PROVED)

@@ -28,7 +28,7 @@ def load_proof(slug: str) -> Callable[..., Proof]:
     Raises:
         ValueError: there is no such method (the closest are named), or it has no proof yet.
     """
-    known = [proof for method in METHODS for proof in method.proofs]
+    known = dict.fromkeys(proof for method in METHODS for proof in method.proofs)
     if slug not in known:
         find(slug)
         raise ValueError(f"{slug} has no proof yet; there are proofs of {', '.join(known)}")
