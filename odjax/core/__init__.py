@@ -1,5 +1,6 @@
 """What every family builds on: paths, trees, keys, edits, optimizer state, statistics, exact selection."""
 
+from odjax.core.axes import named as named
 from odjax.core.class_moments import ClassMoments as ClassMoments
 from odjax.core.class_moments import ClassMomentsResult as ClassMomentsResult
 from odjax.core.class_moments import class_moments as class_moments

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from odjax.core import Where, label, statistics_dtype
+from odjax.core import Where, label, named, statistics_dtype
 from odjax.heads.codes import KINDS, ClassCode
 from odjax.heads.hadamard import hadamard_logits
 from odjax.heads.losses import (
@@ -152,8 +152,8 @@ class FixedHead(nn.Module):
                 epsilon=1e-5,
                 dtype=jnp.float32,
                 param_dtype=self.param_dtype,
-                scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",), rules=()),
-                bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",), rules=()),
+                scale_init=named(nn.initializers.ones, "norm"),
+                bias_init=named(nn.initializers.zeros, "norm"),
             )
 
     def prepared(self, features: jax.Array, *, train: bool = False) -> jax.Array:
@@ -252,7 +252,7 @@ class FixedHead(nn.Module):
 
     @nn.compact
     def _stored(self, code: ClassCode) -> jax.Array:
-        init = nn.with_logical_partitioning(lambda: code.matrix(), (None, "vocab"), rules=())
+        init = named(lambda: code.matrix(), None, "vocab")
         return jax.lax.stop_gradient(self.variable(self.collection, "code", init).value)
 
     def _own(self, code: ClassCode, labels: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from odjax.core import statistics_dtype
+from odjax.core import named, statistics_dtype
 from odjax.heads.pooling import check_tokens
 
 RECTIFIERS = ("clamp", "softplus", "shift")
@@ -328,7 +328,7 @@ class GGeM(nn.Module):
         """
         del cls
         if self.learnable:
-            init = nn.with_logical_partitioning(nn.initializers.constant(self.p_init), (None,), rules=())
+            init = named(nn.initializers.constant(self.p_init), None)
             p = _at_least(self.param("p", init, (self.num_groups,), self.param_dtype), self.p_min)
         else:
             p = jnp.full((self.num_groups,), self.p_init, self.param_dtype)

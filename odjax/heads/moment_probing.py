@@ -9,14 +9,12 @@ Source: Gao, Wang, Lin, Zhu, Hu and Zhou 2023, "Tuning Pre-trained Model via Mom
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from odjax.core import statistics_dtype
+from odjax.core import named, statistics_dtype
 from odjax.heads.second_moments import (
     CENTERS,
     Axis,
@@ -147,8 +145,8 @@ class MHC3(nn.Module):
         z = nn.Dense(
             self.dim,
             **dtypes,
-            kernel_init=_named(nn.initializers.lecun_normal(), "embed", None),
-            bias_init=_named(nn.initializers.zeros, "norm"),
+            kernel_init=named(nn.initializers.lecun_normal(), "embed", None),
+            bias_init=named(nn.initializers.zeros, "norm"),
             name="projection",
         )(tokens)
         m = self.dim // self.heads
@@ -168,7 +166,7 @@ class MHC3(nn.Module):
                 padding="VALID",
                 use_bias=False,
                 **dtypes,
-                kernel_init=_named(nn.initializers.lecun_normal(), None, None, "channels", None),
+                kernel_init=named(nn.initializers.lecun_normal(), None, None, "channels", None),
                 name=f"conv_{i}",
             )(jax.nn.gelu(s, approximate=False) if i else s)
         s = jnp.moveaxis(s, -1, -3)
@@ -257,8 +255,8 @@ class MomentProbe(nn.Module):
             nn.Dense(
                 self.num_classes,
                 **dtypes,
-                kernel_init=_named(nn.initializers.zeros, inputs, "classes"),
-                bias_init=_named(nn.initializers.zeros, "classes"),
+                kernel_init=named(nn.initializers.zeros, inputs, "classes"),
+                bias_init=named(nn.initializers.zeros, "classes"),
             )
             for inputs in ("embed", "channels")
         )
@@ -314,10 +312,6 @@ class MomentProbe(nn.Module):
         return logits[0].astype(jnp.float32), logits[1].astype(jnp.float32)
 
 
-def _named(init: nn.initializers.Initializer, *names: str | None) -> Callable[..., nn.LogicallyPartitioned]:
-    return nn.with_logical_partitioning(init, names, rules=())
-
-
 def _layer_norm(
     eps: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str | None = None
 ) -> nn.LayerNorm:
@@ -328,8 +322,8 @@ def _layer_norm(
         force_float32_reductions=False,
         dtype=statistics_dtype(dtype),
         param_dtype=param_dtype,
-        scale_init=_named(nn.initializers.ones, "norm"),
-        bias_init=_named(nn.initializers.zeros, "norm"),
+        scale_init=named(nn.initializers.ones, "norm"),
+        bias_init=named(nn.initializers.zeros, "norm"),
         name=name,
     )
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from odjax.core import named
+
 STARTS = ("zero", "paper")
 
 _paper_init = nn.initializers.truncated_normal(0.02)
@@ -90,7 +92,7 @@ class PSRP(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=nn.with_logical_partitioning(init, axes, rules=()),
+            kernel_init=named(init, *axes),
             name=name,
         )
 

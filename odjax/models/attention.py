@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from odjax.models.axes import constrain, named
+from odjax.core import named
+from odjax.models.axes import constrain
 from odjax.models.blocked_attention import blocked_attention
 from odjax.models.dense import matrix_dot
 from odjax.models.norms import RMSNorm

@@ -37,8 +37,6 @@ A tensor axis must divide `heads`, `kv_heads`, `mlp` and `vocab`; a model with f
 a rule that leaves `kv_heads` and `act_kv_heads` whole.
 """
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 
@@ -57,28 +55,6 @@ PARAMETER_AXES = (
     "classes",
 )
 ACTIVATION_AXES = ("batch", "length", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab")
-
-
-def named(init: nn.initializers.Initializer, *names: str | None) -> Callable[..., nn.LogicallyPartitioned]:
-    """An initializer whose result carries logical axis names.
-
-    The box holds the names only (`rules=()`): `nn.DenseGeneral` initializes a flattened kernel, and a box
-    which applied the names of the full shape to it would raise under a mesh.
-
-    Args:
-        init: an initializer `(key, shape, dtype) -> array`.
-        *names: one of `PARAMETER_AXES` for each axis of the full shape.
-
-    Returns:
-        The initializer to give to a Flax module or to `self.param`.
-
-    Example:
-        >>> dense = nn.Dense(8, kernel_init=named(nn.initializers.lecun_normal(), "embed", "mlp"))
-        >>> variables = dense.init(jax.random.key(0), jax.numpy.ones((1, 4)))
-        >>> nn.get_partition_spec(variables)["params"]["kernel"]
-        P('embed', 'mlp')
-    """
-    return nn.with_logical_partitioning(init, names, rules=())
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from odjax.core import named
 from odjax.models.attention import Attention, AttentionFn, check_attention, linear_init
-from odjax.models.axes import constrain, named
+from odjax.models.axes import constrain
 from odjax.models.dense import matrix_dot
 from odjax.models.embedding import embedding_init, table_by_vocab
 from odjax.models.feedforward import FeedForward, activation_named

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from odjax.core import named
 from odjax.models.attention import Attention, AttentionFn, check_attention, segment_mask
-from odjax.models.axes import constrain, named
+from odjax.models.axes import constrain
 from odjax.models.dense import matrix_dot
 from odjax.models.embedding import attend_tokens, table_by_vocab
 from odjax.models.feedforward import FeedForward, SwiGLU, activation_named

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from odjax.core import named
 from odjax.models.attention import linear_init
-from odjax.models.axes import constrain, named
+from odjax.models.axes import constrain
 from odjax.models.dense import matrix_dot
 
 

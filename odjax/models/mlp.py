@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from odjax.models.axes import constrain, named
+from odjax.core import named
+from odjax.models.axes import constrain
 from odjax.models.feedforward import activation_named
 
 hidden_init = nn.initializers.he_normal()

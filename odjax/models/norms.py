@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from odjax.core import statistics_dtype
-from odjax.models.axes import named
+from odjax.core import named, statistics_dtype
 
 
 class RMSNorm(nn.Module):

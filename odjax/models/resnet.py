@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from odjax.core import statistics_dtype
-from odjax.models.axes import constrain, named
+from odjax.core import named, statistics_dtype
+from odjax.models.axes import constrain
 
 conv_init = nn.initializers.he_normal()
 SHORTCUTS = ("pad", "projection")

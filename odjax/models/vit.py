@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from odjax.core import named
 from odjax.models.attention import Attention, AttentionFn, check_attention, linear_init
-from odjax.models.axes import constrain, named
+from odjax.models.axes import constrain
 from odjax.models.feedforward import FeedForward, SwiGLU, activation_named
 from odjax.models.norms import LayerNorm
 from odjax.models.positions import INTERPOLATIONS, interpolate_positions

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from odjax.core import named
 from odjax.models import Attention, FeedForward, LayerNorm, RMSNorm, RotaryScaling, SwiGLU, attend
-from odjax.models.axes import constrain, named
+from odjax.models.axes import constrain
 from odjax.models.feedforward import activation_named
 from odjax.models.rotary import rotary_angles, rotary_frequencies, rotate
 
