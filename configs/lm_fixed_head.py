@@ -23,6 +23,8 @@ def experiment(
     layers: int = 4,
     width: int = 128,
     head: Literal["hadamard", "sphere", "gaussian", "learned"] = "hadamard",
+    bias: bool = True,
+    scale: float = 4.0,
     chunk: int = 8192,
     learning_rate: float = 3e-3,
     warmup: int = 40,
@@ -44,6 +46,8 @@ def experiment(
         layers: depth of the decoder.
         width: of the residual stream; a power of two for a Hadamard code.
         head: the code of the output vectors, or a learned matrix.
+        bias: a trainable number a class beside the fixed vectors.
+        scale: of the logits of a fixed head, at the start (the last norm learns it).
         chunk: classes at a time in the loss of a fixed head.
         learning_rate: highest, after the warm-up.
         warmup: steps over which the learning rate rises.
@@ -62,7 +66,9 @@ def experiment(
     text = load_tokenizer(tokenizer)
     fixed = None
     if head != "learned":
-        fixed = FixedHead(text.vocab, kind=head, norm="none", stored=False, chunk=chunk, dtype=dtype)
+        fixed = FixedHead(
+            text.vocab, head, scale=scale, norm="none", bias=bias, stored=False, chunk=chunk, dtype=dtype
+        )
     model = Decoder(
         vocab=text.vocab,
         layers=layers,

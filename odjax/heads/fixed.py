@@ -35,8 +35,8 @@ class FixedHead(nn.Module):
 
     The features must have both signs: end the layers below with a linear layer or a BatchNorm, not a ReLU.
 
-    Parameters: none with norm "l2" or "none"; `batch_norm/(scale|bias)` with "bn+l2". Constants: `code`
-    [d, K] where it is stored.
+    Parameters: none with norm "l2" or "none"; `batch_norm/(scale|bias)` with "bn+l2"; `bias` [K] if asked
+    for. Constants: `code` [d, K] where it is stored.
 
     Attributes:
       num_classes: K, all that there will ever be, reserved ones included.
@@ -49,6 +49,7 @@ class FixedHead(nn.Module):
       probability: the highest that can be reached on a simplex with features of length 1; None: 0.999.
       loss: what `losses` computes: "ce" (cross-entropy) or "dr" (dot regression).
       norm: "l2", "bn+l2" (a BatchNorm before) or "none" (the length of the features is the confidence).
+      bias: a trainable number a class, beside the fixed vectors: classes that never occur cost nothing then.
       weight: of the dot regression.
       lengths: vectors of length sqrt(gamma / n_k) in the losses of a training batch, for imbalanced classes.
       eval_classes: how many of the first classes are compared outside training; None: all.
@@ -83,6 +84,7 @@ class FixedHead(nn.Module):
     probability: float | None = None
     loss: str = "ce"
     norm: str = "l2"
+    bias: bool = False
     weight: float = 1.0
     lengths: bool = False
     eval_classes: int | None = None
@@ -98,6 +100,8 @@ class FixedHead(nn.Module):
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if self.bias and self.loss == "dr":
+            raise ValueError("a bias is for loss='ce': a dot regression looks at the own vector alone")
         if self.collection == "params":
             raise ValueError(
                 "a fixed code is not to be trained: collection='params' would give it a gradient and weight "
@@ -145,7 +149,7 @@ class FixedHead(nn.Module):
         return scale_for_probability(self.num_classes, self.probability or 0.999)
 
     def setup(self) -> None:
-        """Makes the BatchNorm, where there is one."""
+        """Makes the BatchNorm and the bias, where there are any."""
         if self.norm == "bn+l2":
             self.batch_norm = nn.BatchNorm(
                 momentum=0.9,
@@ -155,6 +159,10 @@ class FixedHead(nn.Module):
                 scale_init=named(nn.initializers.ones, "norm"),
                 bias_init=named(nn.initializers.zeros, "norm"),
             )
+
+        if self.bias:
+            zeros = named(nn.initializers.zeros, "vocab")
+            self.prior = self.param("bias", zeros, (self.num_classes,), self.param_dtype)
 
     def prepared(self, features: jax.Array, *, train: bool = False) -> jax.Array:
         """The features as the code sees them: normalized as `norm` says.
@@ -223,6 +231,7 @@ class FixedHead(nn.Module):
                 h.astype(self.dtype),
                 labels,
                 ClassCode(compared, code.dim, code.kind, code.seed),
+                bias=self.prior[:compared] if self.bias else None,
                 scale=self.inverse_temperature(),
                 chunk=self.chunk,
                 axis=_vocabulary_axis(compared),
@@ -262,6 +271,14 @@ class FixedHead(nn.Module):
         return jnp.reshape(code.columns(jnp.ravel(labels)), (*labels.shape, code.dim))
 
     def _logits(self, h: jax.Array, compared: int) -> jax.Array:
+        y = self._products(h, compared)
+        if not self.bias:
+            return y
+        prior = self.prior[:compared].astype(y.dtype)
+        return y + jnp.reshape(prior, (1,) * (y.ndim - 1) + prior.shape)
+
+    def _products(self, h: jax.Array, compared: int) -> jax.Array:
+        """The logits without the bias."""
         code, scale = self.code(h.shape[-1]), self.inverse_temperature()
         if self._is_stored(code):
             return etf_logits(h.astype(self.dtype), self._stored(code)[:, :compared], scale)

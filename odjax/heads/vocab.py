@@ -56,17 +56,19 @@ def code_cross_entropy(
     labels: jax.Array,
     code: ClassCode,
     *,
+    bias: jax.Array | None = None,
     scale: float = 1.0,
     chunk: int = CHUNK,
     mesh: Mesh | AbstractMesh | None = None,
     axis: str | None = None,
 ) -> TokenLosses:
-    """Softmax cross-entropy of scale * features . code for a code that is made while it is used.
+    """Softmax cross-entropy of scale * features . code + bias for a code that is made while it is used.
 
     Args:
       features: [..., d] floating point, in the dtype in which products are multiplied (sums are float32).
       labels: int32 [...], in [0, K). Traced ones are not checked: outside, the loss is the log-sum-exp.
       code: whose columns can be made from their numbers (`ClassCode.by_number`).
+      bias: a number a class, [K] float32, or None for 0.
       scale: inverse temperature.
       chunk: classes at a time, of one shard; about as many, at most.
       mesh: of `axis`; None: the mesh in force, of `jax.set_mesh`.
@@ -74,13 +76,14 @@ def code_cross_entropy(
         division.
 
     Returns:
-      Loss and correctness, [...]. The gradient is that of the features alone.
+      Loss and correctness, [...]. Features and bias have a gradient; on a mesh axis that of the bias is
+      divided over it.
 
     Raises:
       TypeError: labels that are no integers.
-      ValueError: features that do not fit the code or the labels, labels outside [0, K), a scale or a chunk
-        that is not positive, a code whose vectors are made together, an axis that the mesh does not have or
-        that does not divide the classes.
+      ValueError: features or a bias that do not fit the code or the labels, labels outside [0, K), a scale or
+        a chunk that is not positive, a code whose vectors are made together, an axis that the mesh does not
+        have or that does not divide the classes.
 
     Source: Shoeybi et al. 2019, arXiv 1909.08053, section 3, for the division of the loss; that nothing is
       stored is ours.
@@ -93,6 +96,8 @@ def code_cross_entropy(
     check_labels(labels, code.num_classes, features)
     if features.shape[-1] != code.dim:
         raise ValueError(f"features must be [..., {code.dim}] for {code}, got shape {features.shape}")
+    if bias is not None and bias.shape != (code.num_classes,):
+        raise ValueError(f"bias must be [{code.num_classes}], one number a class, got shape {bias.shape}")
     if not scale > 0 or not math.isfinite(scale):
         raise ValueError(f"scale must be a positive number, got {scale}")
     if chunk < 1:
@@ -111,7 +116,7 @@ def code_cross_entropy(
     size = -(-reach // (steps * width)) * width
     plan = _Plan(code, float(scale), shards, steps, size, width, mesh, axis)
     flat = jnp.reshape(features, (math.prod(labels.shape), code.dim))
-    loss, correct = _losses(plan, flat, jnp.reshape(labels, (-1,)).astype(jnp.int32))
+    loss, correct = _losses(plan, flat, bias, jnp.reshape(labels, (-1,)).astype(jnp.int32))
     return TokenLosses(jnp.reshape(loss, labels.shape), jnp.reshape(correct, labels.shape))
 
 
@@ -181,6 +186,21 @@ def _exact(h: jax.Array) -> jax.lax.Precision | None:
     return None if h.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
 
 
+def _scaled(
+    plan: _Plan, logits: jax.Array, bias: jax.Array | None, places: jax.Array, kept: jax.Array
+) -> jax.Array:
+    """Logits with scale and bias; -inf for classes of others."""
+    logits = logits * jnp.asarray(plan.scale, logits.dtype)
+    if bias is not None:
+        logits = logits + bias.astype(logits.dtype)[places][None]
+    return jnp.where(kept[None], logits, -jnp.inf)
+
+
+def _places(plan: _Plan, classes: jax.Array, shard: jax.Array) -> jax.Array:
+    """Where the classes of a chunk stand among those of the shard; 0 for those of others."""
+    return jnp.maximum(classes - shard * (plan.code.num_classes // plan.shards), 0)
+
+
 class _Seen(NamedTuple):
     """What the chunks so far say of every token [n]."""
 
@@ -190,13 +210,13 @@ class _Seen(NamedTuple):
     target: jax.Array  # the target's logit; 0 before its chunk
 
 
-def _observe(plan: _Plan, h: jax.Array, labels: jax.Array, shard: jax.Array) -> _Seen:
+def _observe(plan: _Plan, shard: jax.Array, h: jax.Array, bias: jax.Array | None, labels: jax.Array) -> _Seen:
     """The classes of one shard."""
     wide = statistics_dtype(h)
 
     def add(seen: _Seen, step: jax.Array) -> tuple[_Seen, None]:
         logits, classes, _ = _chunk(plan, h, shard, step)
-        logits = jnp.where((classes >= 0)[None], logits * jnp.asarray(plan.scale, wide), -jnp.inf)
+        logits = _scaled(plan, logits, bias, _places(plan, classes, shard), classes >= 0)
         best = jnp.argmax(logits, axis=1)
         high = jnp.max(logits, axis=1)
         largest = jnp.maximum(seen.largest, high)
@@ -221,26 +241,28 @@ def _over_chunks(plan: _Plan, add: Callable[[Any, jax.Array], tuple[Any, None]],
     return jax.lax.scan(add, start, jnp.arange(plan.steps, dtype=jnp.int32))[0]
 
 
-def _divided(plan: _Plan, body: Callable[..., Any]) -> Callable[..., Any]:
+def _divided(plan: _Plan, body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """The function with the number of the shard as its first argument, on every shard of the axis."""
     if plan.axis is None:
         return functools.partial(body, jnp.int32(0))
     return jax.shard_map(
         lambda *arrays: body(jax.lax.axis_index(plan.axis), *arrays),
         mesh=plan.mesh,
-        in_specs=P(),
-        out_specs=P(),
+        in_specs=in_specs,
+        out_specs=out_specs,
         axis_names={plan.axis},
         check_vma=False,
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _summary(plan: _Plan, h: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _summary(
+    plan: _Plan, h: jax.Array, bias: jax.Array | None, labels: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-sum-exp, target's logit and answer of every token."""
 
-    def body(shard: jax.Array, h: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        seen = _observe(plan, h, labels, shard)
+    def body(shard: jax.Array, *arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        seen = _observe(plan, shard, *arrays)
         if plan.axis is None:
             return seen.largest + jnp.log(seen.total), seen.target, seen.answer
         largest = jax.lax.pmax(seen.largest, plan.axis)
@@ -250,47 +272,67 @@ def _summary(plan: _Plan, h: jax.Array, labels: jax.Array) -> tuple[jax.Array, j
         answer = jax.lax.pmin(jnp.where(seen.largest == largest, seen.answer, none), plan.axis)
         return largest + jnp.log(total), jax.lax.psum(seen.target, plan.axis), answer
 
-    return _divided(plan, body)(h, labels)
+    return _divided(plan, body, (P(), P(plan.axis), P()), P())(h, bias, labels)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradient(
-    plan: _Plan, h: jax.Array, labels: jax.Array, normalizer: jax.Array, weight: jax.Array
-) -> jax.Array:
-    """Of sum_i weight_i loss_i with respect to the features."""
+def _gradients(
+    plan: _Plan,
+    h: jax.Array,
+    bias: jax.Array | None,
+    labels: jax.Array,
+    normalizer: jax.Array,
+    weight: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Of sum_i weight_i loss_i with respect to the features and the bias."""
+    wide = statistics_dtype(h)
 
     def body(
-        shard: jax.Array, h: jax.Array, labels: jax.Array, normalizer: jax.Array, weight: jax.Array
-    ) -> jax.Array:
-        wide = statistics_dtype(h)
-
-        def add(total: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+        shard: jax.Array,
+        h: jax.Array,
+        bias: jax.Array | None,
+        labels: jax.Array,
+        normalizer: jax.Array,
+        weight: jax.Array,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        def add(sums: tuple[jax.Array, Any], step: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
+            of_h, of_bias = sums
             logits, classes, back = _chunk(plan, h, shard, step)
-            scaled = logits * jnp.asarray(plan.scale, wide) - normalizer[:, None]
-            share = jnp.where((classes >= 0)[None], jnp.exp(scaled), 0)
+            places = _places(plan, classes, shard)
+            share = jnp.exp(_scaled(plan, logits, bias, places, classes >= 0) - normalizer[:, None])
             hit = (classes[None] == labels[:, None]).astype(wide)
-            shares = (share - hit) * (weight * jnp.asarray(plan.scale, wide))[:, None]
-            return total + back(shares), None
+            shares = (share - hit) * weight[:, None]
+            if of_bias is not None:
+                of_bias = of_bias.at[places].add(jnp.sum(shares, axis=0))
+            return (of_h + back(shares * jnp.asarray(plan.scale, wide)), of_bias), None
 
-        total = _over_chunks(plan, add, jnp.zeros(h.shape, wide))
-        return total if plan.axis is None else jax.lax.psum(total, plan.axis)
+        zeros = None if bias is None else jnp.zeros(bias.shape, wide)
+        of_h, of_bias = _over_chunks(plan, add, (jnp.zeros(h.shape, wide), zeros))
+        return of_h if plan.axis is None else jax.lax.psum(of_h, plan.axis), of_bias
 
-    return _divided(plan, body)(h, labels, normalizer, weight).astype(h.dtype)
+    specs = (P(), P(plan.axis), P(), P(), P())
+    of_h, of_bias = _divided(plan, body, specs, (P(), P(plan.axis)))(h, bias, labels, normalizer, weight)
+    return of_h.astype(h.dtype), None if bias is None else of_bias.astype(bias.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(plan: _Plan, h: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _forward(plan, h, labels)[0]
+def _losses(
+    plan: _Plan, h: jax.Array, bias: jax.Array | None, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _forward(plan, h, bias, labels)[0]
 
 
-def _forward(plan: _Plan, h: jax.Array, labels: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    normalizer, target, answer = _summary(plan, h, labels)
-    return (normalizer - target, answer == labels), (h, labels, normalizer)
+def _forward(
+    plan: _Plan, h: jax.Array, bias: jax.Array | None, labels: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    normalizer, target, answer = _summary(plan, h, bias, labels)
+    return (normalizer - target, answer == labels), (h, bias, labels, normalizer)
 
 
-def _backward(plan: _Plan, kept: Any, cotangents: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
-    h, labels, normalizer = kept
-    return _gradient(plan, h, labels, normalizer, cotangents[0]), None
+def _backward(
+    plan: _Plan, kept: Any, cotangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array | None, None]:
+    return *_gradients(plan, *kept, cotangents[0]), None
 
 
 _losses.defvjp(_forward, _backward)

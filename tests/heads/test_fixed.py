@@ -28,6 +28,7 @@ HEADS = {
     "drawn": {"num_classes": 64, "kind": "sphere", "stored": False},
     "optimized": {"num_classes": 40, "kind": "optimized"},
     "batch norm": {"num_classes": 10, "norm": "bn+l2"},
+    "bias": {"num_classes": 64, "norm": "none", "bias": True},
     "free length": {"num_classes": 64, "norm": "none", "scale": 2.0},
 }
 
@@ -45,16 +46,21 @@ def lenient(optimizer):
     return optax.GradientTransformation(optimizer.init, update)
 
 
-@pytest.mark.parametrize("loss", ["ce", "dr"])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    "name, loss", [(name, loss) for name in HEADS for loss in ("ce", "dr") if (name, loss) != ("bias", "dr")]
+)
 def test_logits_and_losses_are_those_of_the_matrix(name, loss):
     head = FixedHead(loss=loss, **HEADS[name])
     h, labels = batch(head.num_classes)
-    variables = head.init(KEY, h)
+    variables = nn.unbox(head.init(KEY, h))
+    bias = jnp.zeros(())
+    if head.bias:
+        bias = jnp.sin(jnp.arange(head.num_classes, dtype=jnp.float32))[None]
+        variables["params"]["bias"] = bias[0]
     logits = head.apply(variables, h)
     matrix = head.apply(variables, D, method="matrix")
     prepared = head.apply(variables, h, method="prepared")
-    expected = etf_logits(prepared, matrix, head.inverse_temperature())
+    expected = etf_logits(prepared, matrix, head.inverse_temperature()) + bias
     assert logits.dtype == jnp.float32
     if name in ("slice", "batch norm") and loss == "ce":  # but for what all logits share
         np.testing.assert_allclose(
@@ -90,11 +96,11 @@ def test_the_gradient_of_the_losses_is_that_of_the_logits(name):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_has_no_parameters_but_those_of_a_batch_norm(name):
+def test_a_head_has_no_parameters_but_those_of_a_batch_norm_and_a_bias_where_they_are_asked_for(name):
     head = FixedHead(**HEADS[name])
     shapes = nn.unbox(jax.eval_shape(head.init, KEY, jnp.ones((2, D))))
     paths = [path for path, _ in leaves_with_paths(shapes.get("params", {}))]
-    assert paths == (["batch_norm/bias", "batch_norm/scale"] if name == "batch norm" else [])
+    assert paths == {"batch norm": ["batch_norm/bias", "batch_norm/scale"], "bias": ["bias"]}.get(name, [])
     stored = name in ("rotated", "rotated orthoplex", "sphere", "optimized")
     assert ("constants" in shapes) == stored
 
@@ -267,6 +273,7 @@ def test_bfloat16_products_keep_float32_logits_close():
         ({"num_classes": 1}, ValueError, "at least 2 classes"),
         ({"num_classes": 10.0}, TypeError, "num_classes must be a whole number, got 10.0"),
         ({"loss": "mse"}, ValueError, "loss must be one of ce, dr, got 'mse'"),
+        ({"bias": True, "loss": "dr"}, ValueError, "a bias is for loss='ce'"),
         ({"norm": "bn"}, ValueError, r"norm must be one of l2, bn\+l2, none, got 'bn'"),
         ({"kind": "etf"}, ValueError, "kind must be auto or one of .*, got 'etf'"),
         ({"scale": 0.0}, ValueError, "scale must be a positive number, got 0"),

@@ -45,6 +45,29 @@ def weighted(code, **options):
     return jax.jit(jax.value_and_grad(total))
 
 
+@given(st.sampled_from([CODES[0], CODES[3]]), st.sampled_from([8, 8192]), st.sampled_from([1, 8]))
+def test_a_bias_and_its_gradient_are_those_of_the_logits(code, chunk, shards):
+    h, labels, weights = batch(code)
+    bias = jax.random.normal(jax.random.key(9), (code.num_classes,))
+    with jax.set_mesh(mesh_of(shards)):
+        loss, gradients = with_bias(code, chunk, "tensor" if shards > 1 else None)(h, bias, labels, weights)
+    expected, their_gradients = with_bias(code, None, None)(h, bias, labels, weights)
+    np.testing.assert_allclose(loss, expected, rtol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), gradients, their_gradients)
+
+
+@functools.cache
+def with_bias(code, chunk, axis):
+    def total(h, bias, y, w):
+        if chunk is None:
+            logits = 1.5 * jnp.matmul(h, code.matrix(), precision="highest") + bias[None, None]
+            return jnp.sum(w * optax.softmax_cross_entropy_with_integer_labels(logits, y))
+        found = code_cross_entropy(h, y, code, bias=bias, scale=1.5, chunk=chunk, axis=axis)
+        return jnp.sum(w * found.loss)
+
+    return jax.jit(jax.value_and_grad(total, (0, 1)))
+
+
 @functools.cache
 def reference(code):
     matrix = code.matrix()
@@ -189,6 +212,7 @@ def test_nothing_is_gathered_over_the_mesh_and_only_sums_of_a_token_cross_it(kin
         ({}, [-1, 0], ValueError, r"labels must be in \[0, 24\), got -1"),
         ({}, [0.0, 1.0], TypeError, "labels must be integers, got float32"),
         ({}, [0], ValueError, r"differ: \(2, 8\), \(1,\)"),
+        ({"bias": jnp.zeros(23)}, [0, 1], ValueError, r"bias must be \[24\], .* shape \(23,\)"),
         ({"scale": 0.0}, [0, 1], ValueError, "scale must be a positive number, got 0"),
         ({"scale": float("nan")}, [0, 1], ValueError, "scale must be a positive number, got nan"),
         ({"chunk": 0}, [0, 1], ValueError, "chunk must be at least 1, got 0"),
