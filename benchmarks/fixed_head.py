@@ -268,7 +268,7 @@ def compare(args: argparse.Namespace) -> None:
     print(
         f"{what}: {args.classes:,} classes, width {args.width}, {args.tokens} tokens, chunks of {args.chunk}"
     )
-    print(f"classes, {args.rounds} rounds; {load()}\n")
+    print(f"chunks of {args.chunk} classes, {args.rounds} rounds; {load()}\n")
     print(
         "| head | ms a step | wall / first (quartiles) | processor / first (quartiles) | GFLOP | "
         "temporaries, MB | peak, MB | head's parameters, M | optimizer's state, MB |"
