@@ -265,9 +265,7 @@ def compare(args: argparse.Namespace) -> None:
                 processor[name].append(time.process_time() - own)
             assert np.isfinite(loss), name
     what = f"{args.layers} layers, embedding and head" if args.layers else "the head alone"
-    print(
-        f"{what}: {args.classes:,} classes, width {args.width}, {args.tokens} tokens, chunks of {args.chunk}"
-    )
+    print(f"{what}: {args.classes:,} classes, width {args.width}, {args.tokens} tokens,")
     print(f"chunks of {args.chunk} classes, {args.rounds} rounds; {load()}\n")
     print(
         "| head | ms a step | wall / first (quartiles) | processor / first (quartiles) | GFLOP | "
