@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from odjax.core import named, statistics_dtype
+from odjax.heads.pooling import check_tokens, token_mean
 from odjax.heads.second_moments import (
     CENTERS,
     Axis,
-    check_tokens,
     column_normalize,
     cross_moments,
     head_pairs,
-    token_mean,
 )
 
 FIRST_ORDERS = ("cls", "mean", "mean_norm")
@@ -131,7 +130,7 @@ class MHC3(nn.Module):
         Args:
           tokens: [..., N, width] floating point.
           cls: the class token; not used.
-          mask: [..., N] bool or 0 and 1, True at tokens; what lies at other places is ignored.
+          mask: bool [..., N], True at tokens; what lies at other places is ignored.
 
         Returns:
           [..., feature_size(...)] in `dtype`.
@@ -269,7 +268,7 @@ class MomentProbe(nn.Module):
         Args:
           tokens: [..., N, width] floating point, without the class token.
           cls: [..., width], the class token; needed with first_order "cls", otherwise not used.
-          mask: [..., N] bool or 0 and 1, True at tokens; what lies at other places is ignored.
+          mask: bool [..., N], True at tokens; what lies at other places is ignored.
 
         Returns:
           Logits [..., num_classes] float32.
@@ -334,17 +333,10 @@ def _normalized(norm: nn.LayerNorm, x: jax.Array, dtype: DTypeLike) -> jax.Array
 
 def _inert(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Tokens that are checked, and zero where the mask is: no NaN of a padding reaches a gradient."""
-    if tokens.ndim < 2:
-        raise ValueError(
-            f"tokens must be [..., tokens, width], got shape {tuple(tokens.shape)}: flatten a feature map "
-            "[..., height, width, channels] to [..., height * width, channels]"
-        )
-    if not jnp.issubdtype(tokens.dtype, jnp.floating):
-        raise TypeError(f"tokens must be floating point, got {tokens.dtype}: embed them first")
-    check_tokens("tokens", tokens, tokens.shape[:-1], mask)
+    check_tokens(tokens, mask)
     if mask is None:
         return tokens
-    return jnp.where(mask.astype(bool)[..., None], tokens, jnp.zeros((), tokens.dtype))
+    return jnp.where(mask[..., None], tokens, jnp.zeros((), tokens.dtype))
 
 
 def _class_token(tokens: jax.Array, cls: jax.Array | None) -> jax.Array:

@@ -53,14 +53,27 @@ def check_tokens(tokens: jax.Array, mask: jax.Array | None = None) -> None:
         raise TypeError(f"tokens must be floating point, got {tokens.dtype}: tokens.astype(jnp.float32)")
     if tokens.ndim < 2 or not tokens.shape[-2]:
         raise ValueError(f"tokens must be [..., N, D] with N at least 1, got shape {tuple(tokens.shape)}")
-    if mask is None:
-        return
+    if mask is not None:
+        check_mask(mask, tokens.shape[:-1])
+
+
+def check_mask(mask: jax.Array, shape: tuple[int, ...]) -> None:
+    """The part of `check_tokens` that looks at the mask.
+
+    Args:
+      mask: the mask.
+      shape: what it must be.
+
+    Raises:
+      ValueError: a mask of another shape, or (when it is concrete) one with a sample that has no token.
+      TypeError: a mask that is not bool.
+    """
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask must be bool, got {mask.dtype}: compare first, such as mask != 0")
-    if mask.shape != tokens.shape[:-1]:
+    if mask.shape != shape:
         raise ValueError(
-            f"mask must be [..., N], here {tuple(tokens.shape[:-1])}, got {tuple(mask.shape)}: "
-            "jnp.broadcast_to(mask, tokens.shape[:-1])"
+            f"mask must be [..., N], here {tuple(shape)}, got {tuple(mask.shape)}: "
+            f"jnp.broadcast_to(mask, {tuple(shape)})"
         )
     # On the host: under `jit`, operations on concrete arrays are traced too.
     if not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True):
@@ -70,15 +83,55 @@ def check_tokens(tokens: jax.Array, mask: jax.Array | None = None) -> None:
             raise ValueError(f"mask has no token for {empty} of {samples} samples: leave those samples out")
 
 
-def _mean(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`mean_pool` in float32, or float64 for float64."""
+def token_count(
+    length: int, mask: jax.Array | None, dtype: jnp.dtype, axis_name: str | tuple[str, ...] | None = None
+) -> jax.Array:
+    """The number of tokens over all devices, at least 1.
+
+    Args:
+      length: places on this device, N.
+      mask: [..., N], or None: every place is a token.
+      dtype: of the result.
+      axis_name: the mesh axis, or several, over which N is split.
+
+    Returns:
+      [...] of `mask`, or [] without one.
+
+    Example:
+      >>> token_count(3, jnp.array([[True, True, False], [False] * 3]), jnp.float32)
+      Array([2., 1.], dtype=float32)
+    """
+    if mask is None:
+        devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+        return jnp.asarray(length * devices, dtype)
+    count = jnp.sum(mask, axis=-1, dtype=dtype)
+    if axis_name is not None:
+        count = jax.lax.psum(count, axis_name)
+    return jnp.maximum(count, 1)
+
+
+def token_mean(
+    tokens: jax.Array, mask: jax.Array | None = None, axis_name: str | tuple[str, ...] | None = None
+) -> jax.Array:
+    """`mean_pool` in float32, or float64 for float64.
+
+    Args:
+      tokens: like `mean_pool`.
+      mask: like `mean_pool`.
+      axis_name: the mesh axis, or several, over which N is split.
+
+    Returns:
+      [..., D].
+    """
     check_tokens(tokens, mask)
     wide = tokens.astype(statistics_dtype(tokens))
-    if mask is None:
-        return jnp.mean(wide, axis=-2)
-    kept = mask[..., None]
-    count = jnp.sum(kept.astype(wide.dtype), axis=-2)
-    return jnp.sum(jnp.where(kept, wide, 0), axis=-2) / jnp.maximum(count, 1)
+    if mask is not None:
+        wide = jnp.where(mask[..., None], wide, 0)
+    total = jnp.sum(wide, axis=-2)
+    if axis_name is not None:
+        total = jax.lax.psum(total, axis_name)
+    count = token_count(tokens.shape[-2], mask, wide.dtype, axis_name)
+    return total / (count if mask is None else count[..., None])
 
 
 def mean_pool(tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -100,7 +153,7 @@ def mean_pool(tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
       >>> mean_pool(jnp.array([[1.0], [3.0], [8.0]]), jnp.array([True, True, False]))
       Array([2.], dtype=float32)
     """
-    return _mean(tokens, mask).astype(tokens.dtype)
+    return token_mean(tokens, mask).astype(tokens.dtype)
 
 
 def max_pool(tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -168,7 +221,7 @@ class TokenPool(nn.Module):
           [..., D] in `dtype`.
         """
         if self.kind == "mean":
-            return _mean(tokens, mask).astype(self.dtype)
+            return token_mean(tokens, mask).astype(self.dtype)
         if self.kind == "max":
             return max_pool(tokens, mask).astype(self.dtype)
         if cls is None:

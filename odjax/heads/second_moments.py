@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from odjax.core import statistics_dtype
+from odjax.heads.pooling import check_mask, token_count, token_mean
 
 PAIRS = ("near", "half", "all", "first")
 CENTERS = ("global", "channel", "none")
@@ -81,7 +82,7 @@ def cross_moments(
       z: [..., L, H, m] floating point: L tokens of H heads with m channels.
       pairs: which heads, see `head_pairs`.
       center: one of `CENTERS`.
-      mask: [..., L] bool or 0 and 1, True at tokens; what lies at other places is ignored, NaN included, and
+      mask: bool [..., L], True at tokens; what lies at other places is ignored, NaN included, and
         the divisor is the number of tokens. A set without a token gives zeros. None: every place is a token.
       axis_name: inside `jax.shard_map` or `jax.vmap`, the mesh axis (or several) over which L is split. Sums
         go over it, and the result is the same on every device.
@@ -113,7 +114,10 @@ def cross_moments(
         )
     if not jnp.issubdtype(z.dtype, jnp.floating):
         raise TypeError(f"z must be floating point, got {z.dtype}: convert it with z.astype(jnp.float32)")
-    check_tokens("z", z, z.shape[:-2], mask)
+    if not z.shape[-3]:
+        raise ValueError(f"z must have at least one token, got shape {tuple(z.shape)}")
+    if mask is not None:
+        check_mask(mask, z.shape[:-2])
     heads, m = z.shape[-2:]
     chosen = head_pairs(heads, pairs)
     if center != "none":
@@ -123,7 +127,7 @@ def cross_moments(
             c = jnp.mean(c, axis=-1, keepdims=True)
         z = (z.astype(c.dtype) - c).astype(z.dtype)
     if mask is not None:
-        z = jnp.where(mask.astype(bool)[..., None, None], z, jnp.zeros((), z.dtype))
+        z = jnp.where(mask[..., None, None], z, jnp.zeros((), z.dtype))
     if pairs == "first":
         left, equation = z[..., 0, :], "...li,...lpj->...pij"
     else:
@@ -166,88 +170,6 @@ def column_normalize(s: jax.Array, eps: float = 1e-12) -> jax.Array:
     wide = s.astype(statistics_dtype(s))
     square = jnp.sum(wide * wide, axis=-2, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(square, eps * eps))).astype(s.dtype)
-
-
-def token_mean(x: jax.Array, mask: jax.Array | None = None, axis_name: Axis = None) -> jax.Array:
-    """The mean of the tokens.
-
-    Args:
-      x: [..., L, width] floating point.
-      mask: [..., L] bool or 0 and 1, True at tokens; what lies at other places is ignored, NaN included. A
-        set without a token gives zeros.
-      axis_name: the mesh axis, or several, over which L is split.
-
-    Returns:
-      [..., width] float32 (float64 for float64).
-
-    Raises:
-      ValueError: no token, or a mask of another shape.
-
-    Source: Gao et al. 2023, "Tuning Pre-trained Model via Moment Probing" (first moment).
-
-    Example:
-      >>> token_mean(jnp.array([[1.0], [3.0], [jnp.nan]]), jnp.array([True, True, False]))
-      Array([2.], dtype=float32)
-    """
-    check_tokens("x", x, x.shape[:-1], mask)
-    wide = x.astype(statistics_dtype(x))
-    if mask is not None:
-        wide = jnp.where(mask.astype(bool)[..., None], wide, jnp.zeros((), wide.dtype))
-    total = jnp.sum(wide, axis=-2)
-    if axis_name is not None:
-        total = jax.lax.psum(total, axis_name)
-    return _divide(total, token_count(x.shape[-2], mask, wide.dtype, axis_name))
-
-
-def token_count(length: int, mask: jax.Array | None, dtype: jnp.dtype, axis_name: Axis = None) -> jax.Array:
-    """The number of tokens over all devices, at least 1.
-
-    Args:
-      length: places on this device, L.
-      mask: [..., L], or None: every place is a token.
-      dtype: of the result.
-      axis_name: the mesh axis, or several, over which L is split.
-
-    Returns:
-      [...] of `mask`, or [] without one.
-
-    Example:
-      >>> token_count(3, jnp.array([[1, 1, 0], [0, 0, 0]]), jnp.float32)
-      Array([2., 1.], dtype=float32)
-    """
-    if mask is None:
-        devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
-        return jnp.asarray(length * devices, dtype)
-    count = jnp.sum(mask.astype(bool), axis=-1, dtype=dtype)
-    if axis_name is not None:
-        count = jax.lax.psum(count, axis_name)
-    return jnp.maximum(count, 1)
-
-
-def check_tokens(name: str, x: jax.Array, shape: tuple[int, ...], mask: jax.Array | None) -> None:
-    """Raises if there is no token, or if a mask does not have one entry a token.
-
-    Args:
-      name: of the argument.
-      x: the argument.
-      shape: its axes down to that of the tokens.
-      mask: the mask, or None.
-
-    Raises:
-      ValueError: saying which shapes came.
-
-    Example:
-      >>> check_tokens("tokens", jnp.zeros((2, 3, 4)), (2, 3), jnp.ones(3))
-      Traceback (most recent call last):
-      ValueError: mask must have one entry a token, shape (2, 3) for tokens (2, 3, 4), got (3,)
-    """
-    if shape[-1] == 0:
-        raise ValueError(f"{name} must have at least one token, got shape {tuple(x.shape)}")
-    if mask is not None and mask.shape != shape:
-        raise ValueError(
-            f"mask must have one entry a token, shape {tuple(shape)} for {name} {tuple(x.shape)}, got "
-            f"{tuple(mask.shape)}"
-        )
 
 
 def _divide(total: jax.Array, count: jax.Array) -> jax.Array:

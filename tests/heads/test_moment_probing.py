@@ -108,7 +108,6 @@ def test_what_lies_at_masked_tokens_is_inert(seed, pairs, center):
     compact = z[:, mask[0]]
     filled = jnp.where(mask[:, :, None, None], z, jnp.float32(jnp.nan))
     close(moments(filled, pairs, center, jnp.asarray(mask)), moments(compact, pairs, center))
-    close(moments(filled, pairs, center, jnp.asarray(mask, jnp.int32)), moments(compact, pairs, center))
 
 
 @pytest.mark.parametrize("center", CENTERS)
@@ -116,11 +115,11 @@ def test_a_set_without_a_token_gives_zeros_and_no_gradient(center):
     z = normal(0, 2, 5, 4, 3)
     mask = jnp.asarray([[True] * 5, [False] * 5])
 
-    def loss(z):
+    def loss(z, mask):
         s = column_normalize(cross_moments(z, "near", center, mask))
         return jnp.sum(jnp.sin(s)), s
 
-    gradient, s = jax.jit(jax.grad(loss, has_aux=True))(z)
+    gradient, s = jax.jit(jax.grad(loss, has_aux=True))(z, mask)
     assert not np.any(s[1])
     assert not np.any(gradient[1])
     assert np.all(np.isfinite(gradient[0]))
@@ -200,8 +199,10 @@ def test_all_pairs_are_one_matrix_product():
 def test_the_mean_of_tokens_counts_those_of_the_mask():
     x = normal(0, 2, 5, 3)
     close(token_mean(x), np.mean(x, axis=1))
-    mask = jnp.asarray([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
-    close(token_mean(x, mask), np.stack([np.mean(x[0, ::2][:2], axis=0), np.zeros(3)]))
+    mask = jnp.asarray([[True, False, True, False, False], [False] * 5])
+    close(jax.jit(token_mean)(x, mask), np.stack([np.mean(x[0, ::2][:2], axis=0), np.zeros(3)]))
+    with pytest.raises(ValueError, match="mask has no token for 1 of 2 samples"):
+        token_mean(x, mask)
 
 
 # ---- Normalization by columns.
@@ -546,14 +547,15 @@ def test_a_probe_that_cannot_be_is_refused_at_construction(options, message):
 @pytest.mark.parametrize(
     "error, inputs, message",
     [
-        (ValueError, {"tokens": jnp.zeros(6)}, r"tokens must be \[..., tokens, width\], got shape \(6,\)"),
-        (ValueError, {"tokens": jnp.zeros((2, 0, 6))}, "at least one token"),
+        (ValueError, {"tokens": jnp.zeros(6)}, r"tokens must be \[..., N, D\] .* got shape \(6,\)"),
+        (ValueError, {"tokens": jnp.zeros((2, 0, 6))}, "with N at least 1"),
         (TypeError, {"tokens": jnp.zeros((2, 5, 6), jnp.int32)}, "tokens must be floating point, got int32"),
-        (ValueError, {"mask": jnp.ones((2, 4), bool)}, r"mask must have one entry a token, shape \(2, 5\)"),
+        (ValueError, {"mask": jnp.ones((2, 4), bool)}, r"mask must be \[..., N\], here \(2, 5\)"),
+        (TypeError, {"mask": jnp.ones((2, 5))}, "mask must be bool, got float32: compare first"),
         (
             ValueError,
             {"mask": jnp.ones(5, bool)},
-            r"mask must have one entry a token, shape \(2, 5\).*got \(5,\)",
+            r"mask must be \[..., N\], here \(2, 5\), got \(5,\)",
         ),
         (ValueError, {"cls": None}, "needs the class token: call the probe with cls="),
         (ValueError, {"cls": jnp.zeros((3, 6))}, r"cls must be one vector a set of tokens.*got \(3, 6\)"),
@@ -588,7 +590,7 @@ def test_tokens_that_do_not_fit_are_refused(error, inputs, message):
             ValueError,
             jnp.zeros((5, 4, 3)),
             {"mask": jnp.ones((5, 1), bool)},
-            "mask must have one entry a token",
+            r"mask must be \[..., N\], here \(5,\), got \(5, 1\)",
         ),
         (TypeError, jnp.zeros((5, 4, 3), jnp.int8), {}, "z must be floating point, got int8"),
     ],
