@@ -1,13 +1,15 @@
 """A byte-level language model whose output vectors are fixed, against one that learns them.
 
 A decoder is trained on tiny-shakespeare (`tinyshakespeare.txt` in the folder of the environment variable
-ODJAX_DATA_DIR; its last tenth is held out) with a learned head, with a Hadamard code and with random unit
-vectors in its place: the same weights at the start, the same batches, the same optimizer. The quick version
-takes the topics of the Python language reference instead.
+ODJAX_DATA_DIR; its last tenth is held out) with a learned head, and in its place with a Hadamard code, with
+random unit vectors, and with a Hadamard code and a trained bias, one number a byte: the same weights at the
+start, the same batches, the same optimizer. The quick version takes the topics of the Python language
+reference instead.
 
 The text has 65 of the 256 bytes. A learned head gives all others one direction; a block of the Hadamard code
 is an orthonormal basis, so that the squares of its logits add up to those of the features (times the scale
-squared) whether its bytes ever occur or not. What is lost to them is therefore measured apart.
+squared) whether its bytes ever occur or not. What is lost to them is therefore measured apart; a bias can
+lower them all.
 """
 
 import os
@@ -31,7 +33,13 @@ from odjax_train.proofs.figure import save_figure
 from odjax_train.proofs.proof import Claim, Proof
 
 VOCAB = 256
-HEADS = {"learned": None, "Hadamard": "hadamard", "sphere": "sphere"}  # name -> kind of the code
+BIASED = "Hadamard + bias"
+HEADS: dict[str, dict[str, Any] | None] = {  # name -> settings of the fixed head
+    "learned": None,
+    "Hadamard": {"kind": "hadamard"},
+    "sphere": {"kind": "sphere"},
+    BIASED: {"kind": "hadamard", "bias": True},
+}
 SEEDS = 2
 CLOSE = 0.05  # nats per byte
 RARE = 1e-3  # of the bytes of the training text
@@ -50,7 +58,7 @@ class Recipe(NamedTuple):
         rate: the highest learning rate, of all heads.
         interval: steps between two reports.
         scale: of the logits of the fixed heads, whose features keep their length.
-        heads: keys of `HEADS`, "learned" and "Hadamard" among them.
+        heads: keys of `HEADS`, all but "sphere" among them.
     """
 
     width: int
@@ -68,10 +76,10 @@ class Recipe(NamedTuple):
 # After 300 steps of 32 sequences with another seed, at width 64: scales 1, 2 and 4 lose 2.73, 2.41 and 2.31
 # nats at rate 3e-3, scales 4 and 8 both 2.18 at 1e-2; the learned head 2.10 and 2.01 at these rates.
 FULL = (
-    Recipe(64, 2, 128, 16, 600, 60, 1e-2, 50, 4.0, ("learned", "Hadamard", "sphere")),
-    Recipe(128, 2, 128, 16, 600, 60, 1e-2, 50, 4.0, ("learned", "Hadamard")),
+    Recipe(64, 2, 128, 16, 600, 60, 1e-2, 50, 4.0, tuple(HEADS)),
+    Recipe(128, 2, 128, 16, 600, 60, 1e-2, 50, 4.0, ("learned", "Hadamard", BIASED)),
 )
-QUICK = Recipe(32, 1, 32, 16, 120, 20, 1e-2, 40, 4.0, ("learned", "Hadamard"))
+QUICK = Recipe(32, 1, 32, 16, 120, 20, 1e-2, 40, 4.0, ("learned", "Hadamard", BIASED))
 
 
 class Corpus(NamedTuple):
@@ -168,9 +176,9 @@ def model_of(recipe: Recipe, name: str) -> Decoder:
     Returns:
         The model.
     """
-    kind, head = HEADS[name], None
-    if kind is not None:
-        head = FixedHead(VOCAB, kind=kind, norm="none", scale=recipe.scale, stored=False)
+    settings, head = HEADS[name], None
+    if settings is not None:
+        head = FixedHead(VOCAB, norm="none", scale=recipe.scale, stored=False, **settings)
     return Decoder(
         vocab=VOCAB,
         layers=recipe.layers,
@@ -221,7 +229,8 @@ def judge(model: Decoder, params: Any, corpus: Corpus, length: int) -> Judged:
     Returns:
         Means over the bytes.
     """
-    sequences = corpus.held[: len(corpus.held) // (length + 1) * (length + 1)].reshape(-1, length + 1)
+    size = 16 * (length + 1)
+    parts = corpus.held[: len(corpus.held) // size * size].reshape(16, -1, length + 1)
     absent = jnp.asarray(corpus.frequencies == 0)
 
     @jax.jit
@@ -232,9 +241,9 @@ def judge(model: Decoder, params: Any, corpus: Corpus, length: int) -> Judged:
         lost = jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(present, axis=-1)
         return losses, lost
 
-    found = [measure(jnp.asarray(part, jnp.int32)) for part in np.array_split(sequences, 16)]
-    losses, lost = (np.concatenate(parts).astype(np.float64) for parts in zip(*found, strict=True))
-    rare = (corpus.frequencies < RARE)[sequences[:, 1:]]
+    found = [measure(jnp.asarray(part, jnp.int32)) for part in parts]
+    losses, lost = (np.stack(values).astype(np.float64) for values in zip(*found, strict=True))
+    rare = (corpus.frequencies < RARE)[parts[..., 1:]]
     return Judged(float(losses.mean()), float(lost.mean()), float(losses[rare].mean()))
 
 
@@ -267,7 +276,7 @@ def trainer(
 
     def fit(key: jax.Array) -> Fitted:
         params = start(model, key)
-        state = update.init(params)
+        state = jax.jit(update.init)(params)
         sizes = [sum(leaf.size for leaf in jax.tree.leaves(params))]
         sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         shape = (recipe.steps // recipe.interval, recipe.interval, recipe.batch)
@@ -309,10 +318,6 @@ def compare(
     return fits
 
 
-def _mean(fits: tuple[Fitted, ...], field: str) -> float:
-    return float(np.mean([getattr(found.judged, field) for found in fits]))
-
-
 def _shown(fits: dict[str, tuple[Fitted, ...]], field: str, digits: int = 3) -> str:
     values = {name: [getattr(found.judged, field) for found in several] for name, several in fits.items()}
     return ", ".join(
@@ -321,17 +326,16 @@ def _shown(fits: dict[str, tuple[Fitted, ...]], field: str, digits: int = 3) -> 
 
 
 def _sizes(recipe: Recipe, fits: dict[str, tuple[Fitted, ...]]) -> Claim:
-    entries, learned = VOCAB * recipe.width, fits["learned"][0]
-    fixed = [several[0] for name, several in fits.items() if name != "learned"]
+    # AdamW keeps two moments of 4 bytes of every parameter.
+    saved = {name: VOCAB * (recipe.width - (name == BIASED)) for name in fits if name != "learned"}
+    sizes = {name: np.array([several[0].params, several[0].optimizer]) for name, several in fits.items()}
+    plain, biased = saved["Hadamard"], saved[BIASED]
     return Claim(
-        f"A fixed head has no parameters and no optimizer state (d = {recipe.width}).",
-        f"K d = {entries:,} parameters and 2 K d 4 = {8 * entries:,} bytes of AdamW less",
-        f"{learned.params:,} and {fixed[0].params:,} parameters, {learned.optimizer:,} and "
-        f"{fixed[0].optimizer:,} bytes",
-        all(
-            (learned.params - found.params, learned.optimizer - found.optimizer) == (entries, 8 * entries)
-            for found in fixed
-        ),
+        f"A fixed head has no parameters and no optimizer state, a bias K parameters (d = {recipe.width}).",
+        f"K d = {plain:,} parameters and 2 K d 4 = {8 * plain:,} bytes of AdamW less; with a bias "
+        f"K (d - 1) = {biased:,} and 2 K (d - 1) 4 = {8 * biased:,}",
+        "; ".join(f"{name} {params:,} and {state:,}" for name, (params, state) in sizes.items()),
+        all(np.array_equal(sizes["learned"] - sizes[name], [n, 8 * n]) for name, n in saved.items()),
     )
 
 
@@ -346,29 +350,41 @@ def _learns(recipe: Recipe, fits: dict[str, tuple[Fitted, ...]], corpus: Corpus)
 
 
 def _quality(recipe: Recipe, fits: dict[str, tuple[Fitted, ...]]) -> list[Claim]:
-    def above(name: str, field: str) -> tuple[str, float]:
-        """By how much the Hadamard head loses more than another one, of every seed and at most."""
-        pairs = zip(fits["Hadamard"], fits[name], strict=True)
-        gaps = [getattr(mine.judged, field) - getattr(other.judged, field) for mine, other in pairs]
+    def above(mine: str, other: str, field: str) -> tuple[str, float]:
+        """By how much a head loses more than another one, of every seed and at most."""
+        pairs = zip(fits[mine], fits[other], strict=True)
+        gaps = [getattr(a.judged, field) - getattr(b.judged, field) for a, b in pairs]
         return " ".join(f"{gap:+.3f}" for gap in gaps), max(gaps)
 
-    loss, among = above("learned", "loss"), above("learned", "among")
+    def claim(statement: str, found: tuple[str, float], note: str, without: str = "") -> Claim:
+        return Claim(
+            f"{statement} (d = {recipe.width}).",
+            f"at most {CLOSE} nats per held-out byte more, {without or f'with each of {SEEDS} seeds'}",
+            f"{found[0]} ({note})",
+            found[1] <= CLOSE,
+        )
+
+    among = "without what is lost to bytes that never occur"
     claims = [
-        Claim(
-            f"A fixed Hadamard head predicts as well as a learned one (d = {recipe.width}).",
-            f"at most {CLOSE} nats per held-out byte more, with each of {SEEDS} seeds",
-            f"{loss[0]} ({_shown(fits, 'loss')}; bytes rarer than {RARE:g}: {_shown(fits, 'rare', 2)})",
-            loss[1] <= CLOSE,
+        claim(
+            "A fixed Hadamard head predicts as well as a learned one",
+            above("Hadamard", "learned", "loss"),
+            f"{_shown(fits, 'loss')}; bytes rarer than {RARE:g}: {_shown(fits, 'rare', 2)}",
         ),
-        Claim(
-            f"It does so among the bytes that occur at all (d = {recipe.width}).",
-            f"at most {CLOSE} nats per held-out byte more, without what is lost to bytes that never occur",
-            f"{among[0]} (lost to them: {_shown(fits, 'absent')})",
-            among[1] <= CLOSE,
+        claim(
+            "It does so among the bytes that occur at all",
+            above("Hadamard", "learned", "among"),
+            f"lost to the others: {_shown(fits, 'absent')}",
+            among,
+        ),
+        claim(
+            "With a bias a class a fixed Hadamard head predicts as well as a learned one",
+            above(BIASED, "learned", "loss"),
+            f"{among}: {above(BIASED, 'learned', 'among')[0]}",
         ),
     ]
     if "sphere" in fits:
-        sphere = above("sphere", "loss")
+        sphere = above("Hadamard", "sphere", "loss")
         claims.append(
             Claim(
                 f"Hadamard bases are at least as good as random unit vectors (d = {recipe.width}).",
@@ -386,7 +402,7 @@ def _draw(axes: Any, found: dict[Recipe, dict[str, tuple[Fitted, ...]]]) -> None
         steps = 25 * (1 + np.arange(recipe.steps // 25))
         for name, several in fits.items():
             smooth = np.mean([one.losses.reshape(-1, 25).mean(axis=1) for one in several], axis=0)
-            text = f"{name}, d = {recipe.width}: {_mean(several, 'loss'):.3f} held out"
+            text = f"{name}, d = {recipe.width}: {np.mean([one.judged.loss for one in several]):.3f} held out"
             axes.plot(steps, smooth, line, color=colors[name], label=text)
     axes.set(xlabel="step", ylabel="training loss (nats per byte)", title="tiny-shakespeare, K = 256 bytes")
     axes.set_ylim(top=4)
