@@ -187,7 +187,7 @@ def model_of(recipe: Recipe, name: str) -> Decoder:
         mlp_width=8 * recipe.width // 3,
         max_length=recipe.length,
         head=head,
-        attention="blocked",
+        attention="xla",
         scan=False,
     )
 
@@ -331,10 +331,12 @@ def _sizes(recipe: Recipe, fits: dict[str, tuple[Fitted, ...]]) -> Claim:
     sizes = {name: np.array([several[0].params, several[0].optimizer]) for name, several in fits.items()}
     plain, biased = saved["Hadamard"], saved[BIASED]
     return Claim(
-        f"A fixed head has no parameters and no optimizer state, a bias K parameters (d = {recipe.width}).",
+        "A fixed head has no parameters and no optimizer state, with a bias K parameters and their state "
+        f"(d = {recipe.width}).",
         f"K d = {plain:,} parameters and 2 K d 4 = {8 * plain:,} bytes of AdamW less; with a bias "
         f"K (d - 1) = {biased:,} and 2 K (d - 1) 4 = {8 * biased:,}",
-        "; ".join(f"{name} {params:,} and {state:,}" for name, (params, state) in sizes.items()),
+        "parameters and bytes: "
+        + ", ".join(f"{name} {params:,} and {state:,}" for name, (params, state) in sizes.items()),
         all(np.array_equal(sizes["learned"] - sizes[name], [n, 8 * n]) for name, n in saved.items()),
     )
 
