@@ -172,9 +172,6 @@ def model_of(recipe: Recipe, name: str) -> Decoder:
     Args:
         recipe: its sizes.
         name: a key of `HEADS`.
-
-    Returns:
-        The model.
     """
     settings, head = HEADS[name], None
     if settings is not None:
@@ -224,7 +221,7 @@ def judge(model: Decoder, params: Any, corpus: Corpus, length: int) -> Judged:
         model: the decoder.
         params: its parameters.
         corpus: training text, for what is rare in it, and held-out text.
-        length: bytes in a sequence; the first of each is not judged.
+        length: bytes in a sequence; the first of each and the last sequences, at most 15, are not judged.
 
     Returns:
         Means over the bytes.
@@ -319,10 +316,10 @@ def compare(
 
 
 def _shown(fits: dict[str, tuple[Fitted, ...]], field: str, digits: int = 3) -> str:
-    values = {name: [getattr(found.judged, field) for found in several] for name, several in fits.items()}
-    return ", ".join(
-        f"{name} {' '.join(f'{value:.{digits}f}' for value in several)}" for name, several in values.items()
-    )
+    def values(several: tuple[Fitted, ...]) -> str:
+        return " ".join(f"{getattr(found.judged, field):.{digits}f}" for found in several)
+
+    return ", ".join(f"{name} {values(several)}" for name, several in fits.items())
 
 
 def _sizes(recipe: Recipe, fits: dict[str, tuple[Fitted, ...]]) -> Claim:
@@ -358,43 +355,26 @@ def _quality(recipe: Recipe, fits: dict[str, tuple[Fitted, ...]]) -> list[Claim]
         gaps = [getattr(a.judged, field) - getattr(b.judged, field) for a, b in pairs]
         return " ".join(f"{gap:+.3f}" for gap in gaps), max(gaps)
 
-    def claim(statement: str, found: tuple[str, float], note: str, without: str = "") -> Claim:
-        return Claim(
-            f"{statement} (d = {recipe.width}).",
-            f"at most {CLOSE} nats per held-out byte more, {without or f'with each of {SEEDS} seeds'}",
-            f"{found[0]} ({note})",
-            found[1] <= CLOSE,
-        )
+    def claim(statement: str, expected: str, found: tuple[str, float], most: float, note: str = "") -> Claim:
+        return Claim(f"{statement} (d = {recipe.width}).", expected, found[0] + note, found[1] <= most)
 
-    among = "without what is lost to bytes that never occur"
+    alike = "fixed Hadamard head predicts as well as a learned one"
+    limit = f"at most {CLOSE} nats per held-out byte more,"
+    each, among = f"with each of {SEEDS} seeds", "without what is lost to bytes that never occur"
+    plain, biased = above("Hadamard", "learned", "loss"), above(BIASED, "learned", "loss")
+    shown = f" ({_shown(fits, 'loss')}; bytes rarer than {RARE:g}: {_shown(fits, 'rare', 2)})"
+    lost = f" (lost to the others: {_shown(fits, 'absent')})"
+    rest = f" ({among}: {above(BIASED, 'learned', 'among')[0]})"
+    present = "It does so among the bytes that occur at all"
     claims = [
-        claim(
-            "A fixed Hadamard head predicts as well as a learned one",
-            above("Hadamard", "learned", "loss"),
-            f"{_shown(fits, 'loss')}; bytes rarer than {RARE:g}: {_shown(fits, 'rare', 2)}",
-        ),
-        claim(
-            "It does so among the bytes that occur at all",
-            above("Hadamard", "learned", "among"),
-            f"lost to the others: {_shown(fits, 'absent')}",
-            among,
-        ),
-        claim(
-            "With a bias a class a fixed Hadamard head predicts as well as a learned one",
-            above(BIASED, "learned", "loss"),
-            f"{among}: {above(BIASED, 'learned', 'among')[0]}",
-        ),
+        claim(f"A {alike}", f"{limit} {each}", plain, CLOSE, shown),
+        claim(present, f"{limit} {among}", above("Hadamard", "learned", "among"), CLOSE, lost),
+        claim(f"With a bias a class a {alike}", f"{limit} {each}", biased, CLOSE, rest),
     ]
     if "sphere" in fits:
-        sphere = above("Hadamard", "sphere", "loss")
-        claims.append(
-            Claim(
-                f"Hadamard bases are at least as good as random unit vectors (d = {recipe.width}).",
-                f"Hadamard - sphere at most 0 nats per held-out byte, with each of {SEEDS} seeds",
-                sphere[0],
-                sphere[1] <= 0,
-            )
-        )
+        statement = "Hadamard bases are at least as good as random unit vectors"
+        expected = f"Hadamard - sphere at most 0 nats per held-out byte, {each}"
+        claims.append(claim(statement, expected, above("Hadamard", "sphere", "loss"), 0))
     return claims
 
 
