@@ -144,8 +144,8 @@ def bars(folder: Path, fitted: dict[str, Fitted], title: str) -> str:
 def vits() -> dict[str, ViT]:
     """A small ViT with its class token, the mean of the patches, or GGeM with a group a head.
 
-    The last LayerNorm makes half of the entries negative; the plain GGeM cuts them off, the signed one pools both
-    parts.
+    The last LayerNorm makes half of the entries negative; the plain GGeM cuts them off, the signed one pools
+    both parts.
     """
     sizes = {"image": (28, 28), "patch": 4, "channels": 1, "layers": 4, "width": 64, "heads": 4}
     pools: dict[str, Any] = {"class token": "cls", "average": "mean", "GGeM(4)": GGeM(4)}
