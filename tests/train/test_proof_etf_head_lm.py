@@ -20,15 +20,15 @@ from odjax_train.proofs.etf_head_lm import (
     judge,
     loss_of,
     model_of,
-    optimizer,
     prove,
     reference,
     shakespeare,
+    sizes,
     start,
 )
 
 KEY = jax.random.key(0)
-SMALL = QUICK._replace(width=16, length=8)
+SMALL = QUICK._replace(length=8)
 
 
 def test_the_last_tenth_of_a_text_is_held_out():
@@ -59,7 +59,7 @@ def test_the_reference_comes_with_python_and_has_the_size_asked_for():
 def test_weights_below_the_head_are_the_same_for_all_heads():
     below = {name: dict(leaves_with_paths(start(model_of(SMALL, name), KEY))) for name in HEADS}
     head = below["learned"].pop("lm_head/kernel")
-    assert head.shape == (16, 256)
+    assert head.shape == (32, 256)
     np.testing.assert_array_equal(below[BIASED].pop("head/bias"), np.zeros(256))
     for leaves in below.values():
         assert leaves.keys() == below["learned"].keys()
@@ -90,15 +90,7 @@ def test_equal_logits_lose_log_k_and_log_k_over_the_bytes_that_occur_of_it_to_th
 
 @pytest.mark.parametrize("recipe", [*FULL, QUICK])
 def test_a_fixed_head_saves_its_parameters_and_two_moments_but_for_those_of_a_bias(recipe):
-    def sizes(name):
-        params = jax.eval_shape(lambda: start(model_of(recipe, name), KEY))
-        state = jax.eval_shape(optimizer(recipe).init, params)
-        return (
-            sum(leaf.size for leaf in jax.tree.leaves(params)),
-            sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
-        )
-
-    found = {name: sizes(name) for name in recipe.heads}
+    found = {name: sizes(recipe, name) for name in recipe.heads}
     params, state = found.pop("learned")
     for name, fixed in found.items():
         saved = 256 * recipe.width - (256 if name == BIASED else 0)
