@@ -25,7 +25,7 @@ def experiment(
     kind: str = "auto",
     rotate: bool = False,
     norm: Literal["l2", "bn+l2"] = "l2",
-    probability: float = 0.999,
+    probability: float | None = None,
     lengths: bool = False,
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-4,
@@ -42,7 +42,7 @@ def experiment(
         kind: code of a fixed head, see `odjax.heads.ClassCode`.
         rotate: turn the code by a random rotation.
         norm: what makes features of length 1, with a BatchNorm before it or without.
-        probability: the highest that cross-entropy can reach with the fixed head.
+        probability: the highest that cross-entropy can reach with the fixed head; None: 0.999.
         lengths: class vectors that make up for imbalanced labels.
         learning_rate: of AdamW.
         weight_decay: of AdamW.
@@ -50,10 +50,11 @@ def experiment(
     """
     classes = 10
     fixed = head != "learned"
-    options = {} if head != "ce" else {"probability": probability}
     model = Classifier(
         MLP((width, width, dim)),
-        FixedHead(classes, kind, rotate=rotate, loss=head, norm=norm, lengths=lengths, **options)
+        FixedHead(
+            classes, kind, rotate=rotate, probability=probability, loss=head, norm=norm, lengths=lengths
+        )
         if fixed
         else nn.Dense(classes),
     )

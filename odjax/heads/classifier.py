@@ -9,8 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
+from odjax.heads.losses import cross_entropy
 from odjax.heads.vocab import TokenLosses
 
 
@@ -49,25 +49,30 @@ class Classifier(nn.Module):
         return self.head.prepared(features, train=train) if hasattr(self.head, "prepared") else features
 
     def losses(
-        self, inputs: Sequence[jax.Array], labels: jax.Array, weights: jax.Array | None = None, *, train: bool
+        self,
+        inputs: jax.Array | Sequence[jax.Array],
+        labels: jax.Array,
+        weights: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> TokenLosses:
         """The losses of the head, as in `FixedHead.losses`; cross-entropy of the logits of other heads.
 
         Args:
-          inputs: of the backbone.
-          labels: int32 [...].
+          inputs: of the backbone, one array or several.
+          labels: integers [...].
           weights: [...], 0 for padding.
           train: whether the backbone and the head are training.
 
         Returns:
           The loss of every example, and whether its class has the largest logit.
         """
+        inputs = tuple(inputs) if isinstance(inputs, Sequence) else (inputs,)
         features = self.features(*inputs, train=train)
         if hasattr(self.head, "losses"):
             return self.head.losses(features, labels, weights, train=train)
         logits = _call(self.head, features, train=train).astype(jnp.float32)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return TokenLosses(loss, jnp.argmax(logits, axis=-1) == labels)
+        return TokenLosses(cross_entropy(logits, labels), jnp.argmax(logits, axis=-1) == labels)
 
 
 def _call(module: nn.Module, *inputs: jax.Array, train: bool) -> Any:

@@ -25,6 +25,7 @@ import optax
 from jax.typing import DTypeLike
 
 from odjax.core import check_key
+from odjax.heads.checks import whole_number
 from odjax.heads.hadamard import hadamard_columns, is_power_of_two
 
 KINDS = ("simplex", "orthonormal", "orthoplex", "hadamard", "sphere", "gaussian", "optimized")
@@ -41,7 +42,7 @@ class ClassCode:
       num_classes: K, at least 2.
       dim: d, of the features.
       kind: one of `KINDS`, or "auto": "simplex" for K <= d + 1, "orthoplex" for K <= 2 d, then "hadamard"
-        where d is a power of two and "sphere" where it is not.
+        where d is a power of two and its random signs are enough to tell the blocks apart, else "sphere".
       seed: of what is random; None: the unrotated form of "simplex", "orthonormal" and "orthoplex", or
         "hadamard" without signs (K <= d).
 
@@ -60,17 +61,17 @@ class ClassCode:
     seed: int | None = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if self.seed is not None and not isinstance(self.seed, int):
-            raise TypeError(f"seed must be a whole number or None, got {self.seed!r}")
+        for name in ("num_classes", "dim", "seed"):
+            if name != "seed" or self.seed is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
         k, d = self.num_classes, self.dim
         if k < 2 or d < 1:
             raise ValueError(f"a code needs at least 2 classes and 1 dimension, got {k} and {d}")
         if self.kind == "auto":
-            wide = "hadamard" if is_power_of_two(d) and self.seed is not None else "sphere"
+            signed = is_power_of_two(d) and self.seed is not None and not _may_coincide(k, d)
+            wide = "hadamard" if signed else "sphere"
             kind = "simplex" if k <= d + 1 else "orthoplex" if k <= 2 * d else wide
             object.__setattr__(self, "kind", kind)
         _check_fit(self.kind, k, d)
@@ -208,9 +209,9 @@ def extend_code(
       ValueError: a kind that moves old vectors when it grows, fewer classes than there are, or more than fit.
 
     Example:
-      >>> old = class_code(jax.random.key(0), 3, 4, "hadamard")
-      >>> extend_code(jax.random.key(0), old, 9, "hadamard").shape
-      (4, 9)
+      >>> old = class_code(jax.random.key(0), 100, 64, "hadamard")
+      >>> extend_code(jax.random.key(0), old, 1000, "hadamard").shape
+      (64, 1000)
     """
     dim, old = code.shape
     if kind not in EXTENSIBLE:
@@ -262,6 +263,17 @@ def _check_fit(kind: str, k: int, d: int) -> None:
             f"a Hadamard code needs a power of two of dimensions, got {d}: the next is "
             f"{1 << d.bit_length()}, or take kind='sphere'"
         )
+    if kind == "hadamard" and _may_coincide(k, d):
+        raise ValueError(
+            f"{d} random signs are too few to tell the blocks of a Hadamard code of {k} classes apart: take "
+            "64 dimensions or more, or kind='sphere'"
+        )
+
+
+def _may_coincide(k: int, d: int) -> bool:
+    """Whether two blocks could share vectors: the chance that D_b D_c is a row of +-H is 2 d / 2^d."""
+    blocks = -(-k // d)
+    return blocks * (blocks - 1) / 2 * 2 * d > 1e-6 * 2.0 ** min(d, 1000)
 
 
 def _frame(key: jax.Array, dim: int, count: int) -> jax.Array:

@@ -9,17 +9,18 @@ import optax
 from jax.typing import DTypeLike
 
 from odjax.core import Where, label, named, statistics_dtype
+from odjax.heads.checks import check_features, check_labels, check_scale, whole_number
 from odjax.heads.codes import KINDS, ClassCode
 from odjax.heads.hadamard import hadamard_logits
 from odjax.heads.losses import (
     batch_class_lengths,
-    check_scale,
+    cross_entropy,
     etf_logits,
     scale_for_probability,
     unit_features,
     vertex_regression,
 )
-from odjax.heads.vocab import CHUNK, TokenLosses, check_labels, code_cross_entropy
+from odjax.heads.vocab import CHUNK, TokenLosses, code_cross_entropy
 
 LOSSES = ("ce", "dr")
 NORMS = ("l2", "bn+l2", "none")
@@ -51,7 +52,10 @@ class FixedHead(nn.Module):
       norm: "l2", "bn+l2" (a BatchNorm before) or "none" (the length of the features is the confidence).
       bias: a trainable number a class, beside the fixed vectors: classes that never occur cost nothing then.
       weight: of the dot regression.
-      lengths: vectors of length sqrt(gamma / n_k) in the losses of a training batch, for imbalanced classes.
+      norm_penalty: weight of the features' length in the dot regression, for norm "none".
+      lengths: for imbalanced classes, the vectors' lengths in the losses of a training batch: True for
+        sqrt(gamma / n_k) of the batch, or K numbers (`batch_class_lengths` of a whole data set).
+        Cross-entropy then makes all logits, whatever the code.
       eval_classes: how many of the first classes are compared outside training; None: all.
       stored: keep the code in "constants"; None: unless it is made of integers alone. A code that is not
         stored is drawn anew in every step.
@@ -86,7 +90,8 @@ class FixedHead(nn.Module):
     norm: str = "l2"
     bias: bool = False
     weight: float = 1.0
-    lengths: bool = False
+    norm_penalty: float = 0.0
+    lengths: bool | tuple[float, ...] = False
     eval_classes: int | None = None
     stored: bool | None = None
     collection: str = "constants"
@@ -114,6 +119,15 @@ class FixedHead(nn.Module):
         if self.kind not in ("auto", *KINDS):
             raise ValueError(f"kind must be auto or one of {', '.join(KINDS)}, got {self.kind!r}")
         ClassCode(self.num_classes, self.num_classes)  # raises for what is no number of classes
+        for name in ("seed", "chunk", *(("eval_classes",) if self.eval_classes is not None else ())):
+            whole_number(name, getattr(self, name))
+        if not isinstance(self.lengths, bool) and len(self.lengths) != self.num_classes:
+            raise ValueError(f"lengths must be {self.num_classes} numbers, got {len(self.lengths)}")
+        if not self.weight > 0 or self.norm_penalty < 0:
+            raise ValueError(
+                f"weight must be positive and norm_penalty not negative, got {self.weight} and "
+                f"{self.norm_penalty}"
+            )
         if self.probability is not None:
             scale_for_probability(self.num_classes, self.probability)
         if self.eval_classes is not None and not 2 <= self.eval_classes <= self.num_classes:
@@ -174,6 +188,7 @@ class FixedHead(nn.Module):
         Returns:
           [..., d] float32.
         """
+        check_features(features)
         h = features.astype(statistics_dtype(features))
         if self.norm == "bn+l2":
             h = self.batch_norm(h, use_running_average=not train)
@@ -197,11 +212,12 @@ class FixedHead(nn.Module):
     ) -> TokenLosses:
         """Losses without logits where the code is not stored: memory is that of `chunk` classes.
 
-        On a mesh in whose rules "act_vocab" has an axis, classes are divided over it.
+        On a mesh in whose rules "act_vocab" has an axis that divides the classes, they are divided over it.
 
         Args:
           features: [..., d].
-          labels: int32 [...], in [0, K).
+          labels: integers [...], in [0, K), outside training in [0, eval_classes). Traced ones are not
+            checked: the cross-entropy of one outside is the log-sum-exp.
           weights: [...], 0 for padding; only the class lengths look at them.
           train: as in `__call__`.
 
@@ -210,25 +226,16 @@ class FixedHead(nn.Module):
 
         Raises:
           TypeError: labels that are no integers.
-          ValueError: labels that do not fit the features, or outside [0, K) where they are known.
+          ValueError: labels that do not fit the features, or are outside where they are known.
         """
         h = self.prepared(features, train=train)
-        check_labels(labels, self.num_classes, h)
         code, compared = self.code(h.shape[-1]), self._compared(train)
-        lengths = None
-        if self.lengths and train:
-            lengths = batch_class_lengths(labels, self.num_classes, weights)
-        made_of_rows = code.kind in ("hadamard", "sphere", "gaussian") and not self._is_stored(code)
-        if not made_of_rows or (self.loss == "ce" and lengths is not None):
-            logits = self._logits(h, compared)
-            correct = jnp.argmax(logits, axis=-1) == labels
-            if self.loss == "ce":
-                if lengths is not None:
-                    logits = logits * jnp.reshape(lengths, (1,) * (logits.ndim - 1) + lengths.shape)
-                return TokenLosses(optax.softmax_cross_entropy_with_integer_labels(logits, labels), correct)
-        else:
+        check_labels(labels, compared, h)
+        lengths = self._lengths(labels, weights) if train else None
+        streamed = code.kind in ("hadamard", "sphere", "gaussian") and not self._is_stored(code)
+        if streamed and (self.loss == "dr" or lengths is None):
             found = code_cross_entropy(
-                h.astype(self.dtype),
+                self._cast(h),
                 labels,
                 ClassCode(compared, code.dim, code.kind, code.seed),
                 bias=self.prior[:compared] if self.bias else None,
@@ -236,13 +243,18 @@ class FixedHead(nn.Module):
                 chunk=self.chunk,
                 axis=_vocabulary_axis(compared),
             )
-            if self.loss == "ce":
-                return found
-            correct = found.correct
+        else:
+            logits = self._logits(h, compared)
+            correct = jnp.argmax(logits, axis=-1) == labels
+            if lengths is not None and self.loss == "ce":
+                logits = self._logits(h, compared, lengths)
+            found = TokenLosses(cross_entropy(logits, labels), correct)
+        if self.loss == "ce":
+            return found
         own = self._own(code, labels)
         if lengths is not None:
             own = own * lengths[labels][..., None]
-        return TokenLosses(vertex_regression(h, own, self.weight), correct)
+        return found._replace(loss=vertex_regression(h, own, self.weight, self.norm_penalty))
 
     def matrix(self, dim: int) -> jax.Array:
         """The class vectors as columns, [dim, K] float32; of length 1 for all kinds but "gaussian"."""
@@ -261,6 +273,11 @@ class FixedHead(nn.Module):
 
     @nn.compact
     def _stored(self, code: ClassCode) -> jax.Array:
+        if not self.has_variable(self.collection, "code") and not self.is_mutable_collection(self.collection):
+            raise ValueError(
+                f"the code of this head lies in the collection {self.collection!r}, which is missing: apply "
+                f"with all that init returned, or type stored=False"
+            )
         init = named(lambda: code.matrix(), None, "vocab")
         return jax.lax.stop_gradient(self.variable(self.collection, "code", init).value)
 
@@ -270,39 +287,52 @@ class FixedHead(nn.Module):
             return jnp.moveaxis(self._stored(code)[:, labels], 0, -1)
         return jnp.reshape(code.columns(jnp.ravel(labels)), (*labels.shape, code.dim))
 
-    def _logits(self, h: jax.Array, compared: int) -> jax.Array:
-        y = self._products(h, compared)
-        if not self.bias:
-            return y
-        prior = self.prior[:compared].astype(y.dtype)
-        return y + jnp.reshape(prior, (1,) * (y.ndim - 1) + prior.shape)
+    def _lengths(self, labels: jax.Array, weights: jax.Array | None) -> jax.Array | None:
+        """Lengths of the class vectors in a training batch, [K]; None: all 1."""
+        if isinstance(self.lengths, bool):
+            return batch_class_lengths(labels, self.num_classes, weights) if self.lengths else None
+        return jnp.asarray(self.lengths, jnp.float32)
 
-    def _products(self, h: jax.Array, compared: int) -> jax.Array:
-        """The logits without the bias."""
+    def _cast(self, h: jax.Array) -> jax.Array:
+        """Features in the dtype of products; float64 stays."""
+        return h if h.dtype == jnp.float64 else h.astype(self.dtype)
+
+    def _logits(self, h: jax.Array, compared: int, lengths: jax.Array | None = None) -> jax.Array:
+        y = self._products(h, compared, exact=self.loss == "dr" or lengths is not None)
+        own = [] if lengths is None else [(jnp.multiply, lengths)]
+        if self.bias:
+            own.append((jnp.add, self.prior[:compared]))
+        for combine, each in own:
+            y = combine(y, jnp.reshape(each.astype(y.dtype), (1,) * (y.ndim - 1) + each.shape))
+        return y
+
+    def _products(self, h: jax.Array, compared: int, *, exact: bool) -> jax.Array:
+        """scale * h . m_k; not exact: but for a shift that all classes share."""
         code, scale = self.code(h.shape[-1]), self.inverse_temperature()
         if self._is_stored(code):
-            return etf_logits(h.astype(self.dtype), self._stored(code)[:, :compared], scale)
-        wide = statistics_dtype(h)
+            return etf_logits(self._cast(h), self._stored(code)[:, :compared], scale)
         if code.kind == "hadamard":
-            y = hadamard_logits(code.key, h.astype(self.dtype), compared).astype(wide)
+            y = hadamard_logits(code.key, self._cast(h), compared)
         elif code.kind == "orthoplex":
             y = jnp.concatenate([h, -h], axis=-1)[..., :compared]
         elif code.is_slice:
             y = h[..., : code.num_classes]
             if code.kind == "simplex":
-                if self.loss == "dr":
+                if exact:
                     y = y - jnp.mean(y, axis=-1, keepdims=True)
                 y = y * jnp.asarray((code.num_classes / (code.num_classes - 1)) ** 0.5, y.dtype)
             y = y[..., :compared]
         else:
-            return etf_logits(h.astype(self.dtype), code.matrix()[:, :compared], scale)
-        return y * jnp.asarray(scale, wide)
+            return etf_logits(self._cast(h), code.matrix()[:, :compared], scale)
+        return y * jnp.asarray(scale, y.dtype)
 
 
 def _vocabulary_axis(classes: int) -> str | None:
     """The mesh axis that vocabularies are divided over, where there is one that divides these classes."""
-    rules = dict(nn.get_logical_axis_rules())
-    axis, mesh = rules.get("act_vocab"), jax.sharding.get_abstract_mesh()
+    axis = next((axis for name, axis in nn.get_logical_axis_rules() if name == "act_vocab"), None)
+    if isinstance(axis, tuple) and len(axis) == 1:
+        (axis,) = axis
+    mesh = jax.sharding.get_abstract_mesh()
     if not isinstance(axis, str) or mesh.empty or axis not in mesh.shape:
         return None
     return axis if mesh.shape[axis] > 1 and classes % mesh.shape[axis] == 0 else None

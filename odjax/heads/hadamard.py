@@ -22,6 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from odjax.core import statistics_dtype
+from odjax.heads.checks import check_features
 
 # As wide as the matrix units of TPUs.
 WIDTH = 128
@@ -74,26 +75,30 @@ def walsh_hadamard(x: jax.Array, *, radix: int = WIDTH) -> jax.Array:
         raise ValueError(f"the last axis must be a power of two, got shape {x.shape}")
     if radix < 2 or not is_power_of_two(radix):
         raise ValueError(f"radix must be 2, 4, 8, ..., got {radix}")
+    return _transform(x, radix).astype(x.dtype)
+
+
+def _transform(x: jax.Array, radix: int) -> jax.Array:
+    """`walsh_hadamard` whose last factor is not rounded: float32 (float64 for float64)."""
+    n, dtype = x.shape[-1], x.dtype
     shape, right = x.shape, 1
     while right < n:
         factor = min(radix, n // right)
         left = n // (right * factor)
-        y = jnp.reshape(x, (*shape[:-1], left, factor, right))
+        y = jnp.reshape(x.astype(dtype), (*shape[:-1], left, factor, right))
         if factor == 2:
-            a, b = y[..., 0, :], y[..., 1, :]
+            a, b = (y[..., i, :].astype(statistics_dtype(dtype)) for i in (0, 1))
             y = jnp.stack([a + b, a - b], axis=-2)
         else:
-            y = _dot("fg,...gr->...fr", jnp.asarray(walsh_matrix(factor), x.dtype), y)
+            y = _dot("fg,...gr->...fr", jnp.asarray(walsh_matrix(factor), dtype), y)
         x, right = jnp.reshape(y, shape), right * factor
-    return x
+    return x.astype(statistics_dtype(dtype))
 
 
 def _dot(equation: str, signs: jax.Array, x: jax.Array) -> jax.Array:
-    """A product with signs, accumulated in float32 at least and rounded to the dtype of x."""
-    wide = statistics_dtype(x)
+    """A product with signs, in float32 (float64 for float64)."""
     precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    out = jnp.einsum(equation, signs, x, precision=precision, preferred_element_type=wide)
-    return out.astype(x.dtype)
+    return jnp.einsum(equation, signs, x, precision=precision, preferred_element_type=statistics_dtype(x))
 
 
 def block_signs(key: jax.Array, blocks: jax.Array, dim: int) -> jax.Array:
@@ -134,25 +139,6 @@ def hadamard_columns(key: jax.Array | None, classes: jax.Array, dim: int) -> jax
     return jnp.where(minus, -unit, unit)
 
 
-def hadamard_width(classes: int, dim: int, width: int = WIDTH) -> int:
-    """How many neighbouring classes can share their partial sums.
-
-    Args:
-      classes: that are computed together: all of them, or those of one shard.
-      dim: a power of two.
-      width: at most as many.
-
-    Returns:
-      The largest power of two up to `width` that divides both.
-
-    Example:
-      >>> hadamard_width(32000, 4096), hadamard_width(32000, 64), hadamard_width(10, 64)
-      (128, 64, 2)
-    """
-    common = math.gcd(classes, dim)
-    return min(common & -common, 1 << (width.bit_length() - 1))
-
-
 def hadamard_group_logits(
     key: jax.Array | None, h: jax.Array, groups: jax.Array, width: int, *, radix: int = WIDTH
 ) -> jax.Array:
@@ -166,7 +152,7 @@ def hadamard_group_logits(
       radix: of the last transform.
 
     Returns:
-      [n, g, width] in the dtype of `h`.
+      [n, g, width], float32 (float64 for float64 features); products are in the dtype of `h`.
     """
     count, dim = h.shape
     left = dim // width
@@ -175,8 +161,8 @@ def hadamard_group_logits(
     if left == 1:
         sums = signs[None, :, 0] * x
     else:
-        sums = _dot("gip,nip->ngp", signs, x)
-    return walsh_hadamard(sums, radix=radix)
+        sums = _dot("gip,nip->ngp", signs, x).astype(h.dtype)
+    return _transform(sums, radix)
 
 
 def _group_signs(
@@ -288,7 +274,7 @@ def _product_logits(
 ) -> jax.Array:
     width = min(width, WIDTH)
     groups = first // width + jnp.arange(count // width, dtype=jnp.int32)
-    return hadamard_group_logits(key, h, groups, width).astype(statistics_dtype(h))
+    return hadamard_group_logits(key, h, groups, width)
 
 
 def _in_bfloat16(equation: str, x: jax.Array, width: int) -> jax.Array:
@@ -305,30 +291,29 @@ def hadamard_logits(
       key: as in `hadamard_columns`.
       h: features [..., d], d a power of two.
       num_classes: K.
-      width: classes that share their partial sums, a power of two that divides K and d; None:
-        `hadamard_width(K, d)`. The operations are K (d / width) and those of K / width transforms.
+      width: classes that share their partial sums, a power of two that divides d; None: 128 at most. The
+        operations are K (d / width) and those of K / width transforms.
       radix: of these transforms; `width=d, radix=2` is the butterfly, K log2(d) additions.
 
     Returns:
-      [..., K] in the dtype of `h`.
+      [..., K] float32 (float64 for float64 features).
 
     Raises:
-      ValueError: d is no power of two, or the width does not divide K and d.
+      TypeError: features that are not floating point.
+      ValueError: d is no power of two, or the width does not divide it.
 
     Example:
       >>> hadamard_logits(None, jnp.array([2.0, 1.0, 0.0, 1.0]), 4)
       Array([2., 0., 1., 1.], dtype=float32)
     """
+    check_features(h)
     dim = h.shape[-1]
     if not is_power_of_two(dim):
         raise ValueError(f"a Hadamard code needs features of a width that is a power of two, got {h.shape}")
-    width = hadamard_width(num_classes, dim) if width is None else width
-    if not is_power_of_two(width) or num_classes % width or dim % width:
-        raise ValueError(
-            f"width must be a power of two that divides the {num_classes} classes and the dimension {dim}, "
-            f"got {width}"
-        )
-    groups = jnp.arange(num_classes // width, dtype=jnp.int32)
+    width = range_width(num_classes, dim, jnp.float32) if width is None else width
+    if not is_power_of_two(width) or dim % width:
+        raise ValueError(f"width must be a power of two that divides the dimension {dim}, got {width}")
+    groups = jnp.arange(-(-num_classes // width), dtype=jnp.int32)
     flat = jnp.reshape(h, (math.prod(h.shape[:-1]), dim))
     out = hadamard_group_logits(key, flat, groups, width, radix=radix)
-    return jnp.reshape(out, (*h.shape[:-1], num_classes))
+    return jnp.reshape(out, (*h.shape[:-1], groups.size * width))[..., :num_classes]

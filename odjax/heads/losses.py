@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from odjax.core import statistics_dtype
-from odjax.heads.vocab import check_labels
+from odjax.heads.checks import check_features, check_labels, check_scale
 
 EPS = 1e-8
 
@@ -23,10 +23,18 @@ def unit_features(h: jax.Array) -> jax.Array:
       [..., d], float32 (float64 for float64).
     """
     h = h.astype(statistics_dtype(h))
-    square = jnp.sum(h * h, axis=-1, keepdims=True)
-    long = square > EPS**2
-    # A NaN is not short: it stays in its row.
-    return jnp.where(long | jnp.isnan(square), h * jax.lax.rsqrt(jnp.where(long, square, 1.0)), 0.0 * h)
+    return h / _length(h)[..., None]
+
+
+def _length(h: jax.Array) -> jax.Array:
+    """|h|, [...], without overflow; a row shorter than 1e-8 has the length inf and no gradient."""
+    # What is divided by is a constant: the quotient's length takes the gradient.
+    most = jax.lax.stop_gradient(jnp.max(jnp.abs(h), axis=-1, initial=0))
+    unit = jnp.where((most > 0) | jnp.isnan(most), most, 1)
+    share = h / unit[..., None]
+    square = jnp.sum(share * share, axis=-1)
+    short = most * jnp.sqrt(jnp.where(square > 0, jax.lax.stop_gradient(square), 0)) <= EPS
+    return jnp.where(short, jnp.inf, most * jnp.sqrt(jnp.where(short, 1.0, square)))
 
 
 def etf_logits(h: jax.Array, code: jax.Array, scale: float = 1.0) -> jax.Array:
@@ -117,13 +125,14 @@ def vertex_regression(h: jax.Array, own: jax.Array, weight: float, norm_penalty:
     """
     wide = statistics_dtype(h)
     h, own = h.astype(wide), jax.lax.stop_gradient(own).astype(wide)
-    square = jnp.sum(h * h, axis=-1)
-    long = square > EPS**2
-    size = jnp.sqrt(jnp.where(long, square, 1.0))
+    size = _length(h)
+    short = jnp.isinf(size) & jnp.all(jnp.isfinite(h), axis=-1)
+    size = jnp.where(short, 1.0, size)
     known = jax.lax.stop_gradient(size)
-    away = jnp.sum(own * h, axis=-1) - jnp.sqrt(jnp.sum(own * own, axis=-1)) * known
-    loss = jnp.asarray(weight / 2, wide) * away * away / known + jnp.asarray(norm_penalty, wide) * size
-    return jnp.where(long | jnp.isnan(square), loss, 0 * square)
+    # (m . h - |m| |h|)^2 / |h| = |h| (m . h / |h| - |m|)^2, which does not overflow.
+    away = jnp.sum(own * (h / known[..., None]), axis=-1) - jnp.sqrt(jnp.sum(own * own, axis=-1))
+    loss = jnp.asarray(weight / 2, wide) * away * away * known + jnp.asarray(norm_penalty, wide) * size
+    return jnp.where(short, jnp.zeros_like(loss), loss)
 
 
 def scale_for_probability(num_classes: int, probability: float = 0.999) -> float:
@@ -194,12 +203,23 @@ def batch_class_lengths(
     return jnp.where(there, jnp.sqrt(gamma / jnp.where(there, counts, 1.0)), 1.0)
 
 
-def check_scale(scale: float) -> None:
-    """Raises for an inverse temperature that is not a positive number."""
-    if not scale > 0 or not math.isfinite(scale):
-        raise ValueError(f"scale must be a positive number, got {scale}")
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of logits; of a label that is no class, the log-sum-exp.
+
+    Args:
+      logits: [..., K].
+      labels: [...].
+
+    Returns:
+      [...] in the dtype of the logits.
+    """
+    known = (labels >= 0) & (labels < logits.shape[-1])
+    place = jnp.where(known, labels, 0)[..., None]
+    own = jnp.take_along_axis(logits, place, axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(known, own, 0)
 
 
 def _check_code(h: jax.Array, code: jax.Array) -> None:
+    check_features(h)
     if code.ndim != 2 or h.shape[-1:] != code.shape[:1]:
         raise ValueError(f"features [..., d] and code [d, K] do not fit: {h.shape} and {code.shape}")

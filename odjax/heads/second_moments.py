@@ -133,7 +133,8 @@ def cross_moments(
     else:
         left, equation = _take(z, [i for i, _ in chosen]), "...lpi,...lpj->...pij"
     right = _take(z, [j for _, j in chosen])
-    s = jnp.einsum(equation, left, right, preferred_element_type=statistics_dtype(z))
+    precision = None if z.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    s = jnp.einsum(equation, left, right, precision=precision, preferred_element_type=statistics_dtype(z))
     if axis_name is not None:
         s = jax.lax.psum(s, axis_name)
     return _divide(s, token_count(z.shape[-3], mask, s.dtype, axis_name))

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from odjax.core import statistics_dtype
+from odjax.heads.checks import check_features, check_labels, check_scale
 from odjax.heads.codes import ClassCode
 from odjax.heads.hadamard import range_features, range_logits, range_width
 
@@ -29,7 +29,10 @@ CHUNK = 8192
 
 
 class TokenLosses(NamedTuple):
-    """Of every token: cross-entropy in nats (float32), and whether the target has the largest logit (bool).
+    """Of every token: cross-entropy in nats, and whether the target has the largest logit (bool).
+
+    Losses are float32 (float64 for float64 features). A target that is no class (which a traced label may be)
+    has the log-sum-exp for its loss, and is never correct.
 
     Where several classes have the largest logit, the first one is taken for the answer.
     """
@@ -66,7 +69,7 @@ def code_cross_entropy(
 
     Args:
       features: [..., d] floating point, in the dtype in which products are multiplied (sums are float32).
-      labels: int32 [...], in [0, K). Traced ones are not checked: outside, the loss is the log-sum-exp.
+      labels: integers [...], in [0, K). Traced ones are not checked: outside, the loss is the log-sum-exp.
       code: whose columns can be made from their numbers (`ClassCode.by_number`).
       bias: a number a class, [K] float32, or None for 0.
       scale: inverse temperature.
@@ -76,11 +79,11 @@ def code_cross_entropy(
         division.
 
     Returns:
-      Loss and correctness, [...]. Features and bias have a gradient; on a mesh axis that of the bias is
-      divided over it.
+      Loss and correctness, [...]. Features and bias have a gradient (in reverse mode; there is no `jax.jvp`);
+      on a mesh axis that of the bias is divided over it.
 
     Raises:
-      TypeError: labels that are no integers.
+      TypeError: labels that are no integers, features that are not floating point.
       ValueError: features or a bias that do not fit the code or the labels, labels outside [0, K), a scale or
         a chunk that is not positive, a code whose vectors are made together, an axis that the mesh does not
         have or that does not divide the classes.
@@ -93,13 +96,11 @@ def code_cross_entropy(
       >>> code_cross_entropy(jnp.zeros((2, 64)), jnp.array([0, 999]), code).loss
       Array([6.9077554, 6.9077554], dtype=float32)
     """
+    check_features(features, code.dim)
     check_labels(labels, code.num_classes, features)
-    if features.shape[-1] != code.dim:
-        raise ValueError(f"features must be [..., {code.dim}] for {code}, got shape {features.shape}")
+    check_scale(scale)
     if bias is not None and bias.shape != (code.num_classes,):
         raise ValueError(f"bias must be [{code.num_classes}], one number a class, got shape {bias.shape}")
-    if not scale > 0 or not math.isfinite(scale):
-        raise ValueError(f"scale must be a positive number, got {scale}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     if not code.by_number:
@@ -118,29 +119,6 @@ def code_cross_entropy(
     flat = jnp.reshape(features, (math.prod(labels.shape), code.dim))
     loss, correct = _losses(plan, flat, bias, jnp.reshape(labels, (-1,)).astype(jnp.int32))
     return TokenLosses(jnp.reshape(loss, labels.shape), jnp.reshape(correct, labels.shape))
-
-
-def check_labels(labels: jax.Array, num_classes: int, features: jax.Array | None = None) -> None:
-    """Raises for labels that are no integers, do not fit the features, or are no class.
-
-    Args:
-      labels: [...], concrete or traced.
-      num_classes: K.
-      features: [..., d], or None.
-
-    Raises:
-      TypeError: labels that are no integers.
-      ValueError: labels of another shape than features[..., 0], or outside [0, K) in a concrete array.
-    """
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-        raise TypeError(f"labels must be integers, got {jnp.result_type(labels)}")
-    if features is not None and features.shape[:-1] != jnp.shape(labels):
-        raise ValueError(f"features [..., d] and labels [...] differ: {features.shape}, {jnp.shape(labels)}")
-    known = not isinstance(labels, jax.core.Tracer) and getattr(labels, "is_fully_addressable", True)
-    if known and jnp.size(labels):
-        low, high = (int(extreme(np.asarray(labels))) for extreme in (np.min, np.max))
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"labels must be in [0, {num_classes}), got {low if low < 0 else high}")
 
 
 def _size(mesh: Mesh | AbstractMesh, axis: str, classes: int) -> int:
@@ -221,7 +199,7 @@ def _observe(plan: _Plan, shard: jax.Array, h: jax.Array, bias: jax.Array | None
         high = jnp.max(logits, axis=1)
         largest = jnp.maximum(seen.largest, high)
         fresh = jnp.sum(jnp.exp(logits - largest[:, None]), axis=1)
-        hit = classes[None] == labels[:, None]
+        hit = (classes[None] == labels[:, None]) & (classes >= 0)[None]
         return _Seen(
             largest,
             jnp.where(high > seen.largest, classes[best], seen.answer),
@@ -300,7 +278,7 @@ def _gradients(
             logits, classes, back = _chunk(plan, h, shard, step)
             places = _places(plan, classes, shard)
             share = jnp.exp(_scaled(plan, logits, bias, places, classes >= 0) - normalizer[:, None])
-            hit = (classes[None] == labels[:, None]).astype(wide)
+            hit = ((classes[None] == labels[:, None]) & (classes >= 0)[None]).astype(wide)
             shares = (share - hit) * weight[:, None]
             if of_bias is not None:
                 of_bias = of_bias.at[places].add(jnp.sum(shares, axis=0))

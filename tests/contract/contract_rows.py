@@ -220,12 +220,12 @@ def _of_features(name: str) -> Callable[[], Any]:
 
         h = jax.random.normal(KEY, (16, 8))
         code, labels = heads.class_code(jax.random.key(1), 9, 8), jnp.arange(16, dtype=jnp.int32) % 9
-        wide = heads.ClassCode(24, 8, "hadamard")
+        wide = heads.ClassCode(24, 8, "sphere")
         return {
             "class_code": (lambda h: heads.etf_logits(h, code), (h,)),
             "dot_regression_loss": (lambda h: heads.dot_regression_loss(h, labels, code), (h,)),
             "code_cross_entropy": (lambda h: heads.code_cross_entropy(h, labels, wide, chunk=8).loss, (h,)),
-            "hadamard_logits": (lambda h: heads.hadamard_logits(wide.key, h, 24), (h,)),
+            "hadamard_logits": (lambda h: heads.hadamard_logits(jax.random.key(2), h, 24), (h,)),
             "one_vs_rest_margins": (lambda h: heads.one_vs_rest_margins(h, iterations=50), (h,)),
         }[name]
 

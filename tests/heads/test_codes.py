@@ -92,7 +92,14 @@ def test_gaussian_vectors_have_lengths_of_one_in_the_mean_and_sphere_ones_exactl
 
 @given(
     st.sampled_from(
-        [(2, 4, "simplex"), (5, 4, "simplex"), (6, 4, "orthoplex"), (9, 4, "hadamard"), (9, 3, "sphere")]
+        [
+            (2, 4, "simplex"),
+            (5, 4, "simplex"),
+            (6, 4, "orthoplex"),
+            (99, 32, "hadamard"),
+            (9, 4, "sphere"),
+            (9, 3, "sphere"),
+        ]
     )
 )
 def test_auto_takes_the_best_code_that_there_is(case):
@@ -122,8 +129,16 @@ def test_columns_are_those_of_the_matrix_and_need_no_others(kind):
 
 
 def test_codes_of_one_description_are_equal_and_hashable():
-    assert ClassCode(9, 4) == ClassCode(9, 4, "hadamard", 0)
-    assert len({ClassCode(9, 4), ClassCode(9, 4), ClassCode(9, 4, seed=1)}) == 2
+    assert ClassCode(99, 32) == ClassCode(np.int64(99), 32, "hadamard", 0)
+    assert len({ClassCode(99, 32), ClassCode(99, 32), ClassCode(99, 32, seed=1)}) == 2
+
+
+@pytest.mark.parametrize("size", [(100, 32), (1000, 64), (10, 4), (64, 8), (100, 8), (1000, 16)])
+def test_no_two_classes_of_an_automatic_code_have_one_vector(size):
+    k, d = size
+    for seed in range(5):
+        found = gram(ClassCode(k, d, seed=seed).matrix()) - 2 * np.eye(k)
+        assert found.max() < 1 - 1e-4
 
 
 def test_the_matrix_is_rounded_once_and_made_in_float32():
@@ -144,8 +159,10 @@ def test_the_matrix_is_rounded_once_and_made_in_float32():
         ((True, 6), TypeError, "num_classes must be a whole number, got True"),
         ((9, 6, "etf"), ValueError, "kind must be auto or one of simplex, .*, got 'etf'"),
         ((9, 6, "sphere", None), ValueError, "is random: give it a seed"),
-        ((9, 4, "hadamard", None), ValueError, "is random: give it a seed"),
-        ((9, 4, "auto", 0.5), TypeError, "seed must be a whole number or None"),
+        ((99, 32, "hadamard", None), ValueError, "is random: give it a seed"),
+        ((9, 4, "hadamard"), ValueError, "4 random signs are too few .* of 9 classes apart: take 64 dim"),
+        ((9, 4, "auto", -1), ValueError, r"seed must be in \[0, 2\^63\), got -1"),
+        ((9, 4, "auto", 0.5), TypeError, "seed must be a whole number, got 0.5"),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from odjax.heads.codes import class_code, etf_matrix
 from odjax.heads.losses import (
     batch_class_lengths,
+    cross_entropy,
     dot_regression_loss,
     etf_logits,
     scale_for_probability,
@@ -26,7 +27,7 @@ def batch(seed, dtype=jnp.float32):
     return jax.random.normal(h, (N, D), dtype), jax.random.randint(y, (N,), 0, K)
 
 
-def cross_entropy(logits, labels):
+def mean_loss(logits, labels):
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
@@ -37,9 +38,9 @@ def test_cross_entropy_of_a_simplex_is_that_of_orthonormal_vectors_with_a_scale(
         u = np.linalg.qr(np.random.default_rng(seed).normal(size=(D, K)))[0]
         m = jnp.asarray(np.sqrt(K / (K - 1)) * u @ (np.eye(K) - 1 / K))
         u = jnp.asarray(u)
-        simplex = jax.value_and_grad(lambda h: cross_entropy(etf_logits(h, m, 3.0), labels))(h)
+        simplex = jax.value_and_grad(lambda h: mean_loss(etf_logits(h, m, 3.0), labels))(h)
         scale = 3.0 * float(np.sqrt(K / (K - 1)))
-        orthonormal = jax.value_and_grad(lambda h: cross_entropy(etf_logits(h, u, scale), labels))(h)
+        orthonormal = jax.value_and_grad(lambda h: mean_loss(etf_logits(h, u, scale), labels))(h)
     np.testing.assert_allclose(simplex[0], orthonormal[0], rtol=1e-12)
     np.testing.assert_allclose(simplex[1], orthonormal[1], atol=1e-14)
 
@@ -175,17 +176,45 @@ def test_no_gradient_reaches_the_code():
 
 
 def test_bfloat16_features_are_accumulated_in_float32():
-    h, _ = batch(0)
-    code = etf_matrix(jax.random.key(1), K, D)
-    low = etf_logits(h.astype(jnp.bfloat16), code)
+    ones = jnp.ones((1, 1001), jnp.bfloat16)
+    low = etf_logits(ones, jnp.ones((1001, 2)))
     assert low.dtype == jnp.float32
-    assert float(jnp.abs(low - etf_logits(h, code)).max()) < 2 * 2**-8 * float(jnp.abs(h).max()) * D**0.5
+    np.testing.assert_array_equal(low, 1001)  # bfloat16 holds 1000 and 1004
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e19, 1e30])
+def test_features_of_any_size_have_a_direction(size):
+    h = size * jax.random.normal(jax.random.key(0), (3, D))
+    np.testing.assert_allclose(jnp.linalg.norm(unit_features(h), axis=1), 1, rtol=1e-5)
+    code, labels = etf_matrix(jax.random.key(1), K, D), jnp.array([0, 1, 2])
+    loss = dot_regression_loss(h, labels, code)
+    np.testing.assert_allclose(loss / size, dot_regression_loss(h / size, labels, code), rtol=1e-4)
+
+
+@given(seeds)
+def test_the_gradient_of_unit_features_is_that_of_their_definition(seed):
+    with jax.enable_x64(True):
+        h = batch(seed, jnp.float64)[0]
+        way = jnp.cos(jnp.arange(D, dtype=jnp.float64))[None]
+        found = jax.grad(lambda h: jnp.sum(way * unit_features(h)))(h)
+        wanted = jax.grad(lambda h: jnp.sum(way * h / jnp.sqrt(jnp.sum(h * h, axis=1, keepdims=True))))(h)
+    np.testing.assert_allclose(found, wanted, atol=1e-13)
+
+
+def test_cross_entropy_of_a_label_that_is_no_class_is_the_log_sum_exp():
+    logits = jax.random.normal(jax.random.key(0), (4, K))
+    found = cross_entropy(logits, jnp.array([-1, K, 2, 0]))
+    np.testing.assert_allclose(found[:2], jax.nn.logsumexp(logits, axis=1)[:2], rtol=1e-6)
+    np.testing.assert_allclose(
+        found[2:], optax.softmax_cross_entropy_with_integer_labels(logits[2:], jnp.array([2, 0])), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     "call, error, message",
     [
         (lambda h, m: etf_logits(h, m.T), ValueError, r"do not fit: \(7, 6\) and \(5, 6\)"),
+        (lambda h, m: etf_logits(h.astype(int), m), TypeError, "features must be floating point, got int32"),
         (lambda h, m: etf_logits(h, m, -1.0), ValueError, "scale must be a positive number, got -1"),
         (lambda h, m: dot_regression_loss(h, jnp.full(7, 5), m), ValueError, r"in \[0, 5\), got 5"),
         (lambda h, m: dot_regression_loss(h, jnp.zeros(7), m), TypeError, "labels must be integers"),
@@ -203,7 +232,7 @@ def test_bfloat16_features_are_accumulated_in_float32():
             "shape of the labels",
         ),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):

@@ -17,7 +17,7 @@ from odjax.heads.vocab import code_cross_entropy
 KEY = jax.random.key(5)
 CODES = [
     ClassCode(256, 64, "hadamard"),
-    ClassCode(24, 8, "hadamard"),
+    ClassCode(96, 32, "hadamard"),
     ClassCode(10, 16, "hadamard"),
     ClassCode(48, 16, "sphere"),
     ClassCode(16, 32, "simplex", None),
@@ -125,10 +125,10 @@ def test_the_first_of_equal_logits_is_the_answer_across_shards_too():
 
 def test_float64_features_give_the_loss_to_twelve_digits():
     with jax.enable_x64(True):
-        code = ClassCode(24, 8, "hadamard")
-        h = 3 * jax.random.normal(KEY, (5, 8), jnp.float64)
+        code = ClassCode(96, 32, "hadamard")
+        h = 3 * jax.random.normal(KEY, (5, 32), jnp.float64)
         y = jnp.arange(5)
-        logits = np.asarray(h) @ np.sign(np.asarray(code.matrix(), np.float64)) / np.sqrt(8)
+        logits = np.asarray(h) @ np.sign(np.asarray(code.matrix(), np.float64)) / np.sqrt(32)
         top = logits.max(-1)
         expected = top + np.log(np.exp(logits - top[:, None]).sum(-1)) - logits[np.arange(5), np.arange(5)]
         np.testing.assert_allclose(code_cross_entropy(h, y, code, chunk=8).loss, expected, rtol=1e-12)
@@ -161,11 +161,26 @@ def test_a_number_of_classes_that_no_power_of_two_divides_is_as_good(shards):
     np.testing.assert_allclose(gradient, its_gradient, atol=2e-6)
 
 
+@pytest.mark.parametrize("code", [ClassCode(1004, 64, "hadamard"), CODES[3]], ids=str)
+def test_a_traced_label_that_is_no_class_has_the_log_sum_exp_and_is_never_correct(code):
+    h, labels, weights = batch(code, shape=(4,))
+    weights = weights.at[:2].set(0)
+    outside = labels.at[0].set(-1).at[1].set(code.num_classes)
+    loss = jax.jit(lambda h, y: code_cross_entropy(h, y, code, chunk=256))
+    found = loss(h, outside)
+    np.testing.assert_allclose(found.loss[:2], jax.nn.logsumexp(h @ code.matrix(), axis=-1)[:2], rtol=1e-5)
+    np.testing.assert_array_equal(found.correct[:2], False)
+    masked = jax.jit(jax.value_and_grad(lambda h, y: jnp.sum(weights * loss(h, y).loss)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), masked(h, outside), masked(h, labels)
+    )
+
+
 def test_large_features_do_not_overflow():
-    code = ClassCode(64, 16, "hadamard")
+    code = CODES[0]
     value, gradient = jax.value_and_grad(
         lambda h: code_cross_entropy(h, jnp.array([3]), code, chunk=16).loss[0]
-    )(jnp.full((1, 16), 1e30))
+    )(jnp.full((1, 64), 1e30))
     assert bool(jnp.isfinite(value))
     assert bool(jnp.isfinite(gradient).all())
 
@@ -208,24 +223,31 @@ def test_nothing_is_gathered_over_the_mesh_and_only_sums_of_a_token_cross_it(kin
 @pytest.mark.parametrize(
     "options, labels, error, message",
     [
-        ({}, [0, 24], ValueError, r"labels must be in \[0, 24\), got 24"),
-        ({}, [-1, 0], ValueError, r"labels must be in \[0, 24\), got -1"),
+        ({}, [0, 96], ValueError, r"labels must be in \[0, 96\), got 96"),
+        ({}, [-1, 0], ValueError, r"labels must be in \[0, 96\), got -1"),
         ({}, [0.0, 1.0], TypeError, "labels must be integers, got float32"),
-        ({}, [0], ValueError, r"differ: \(2, 8\), \(1,\)"),
-        ({"bias": jnp.zeros(23)}, [0, 1], ValueError, r"bias must be \[24\], .* shape \(23,\)"),
+        ({}, [0], ValueError, r"differ: \(2, 32\), \(1,\)"),
+        ({"bias": jnp.zeros(95)}, [0, 1], ValueError, r"bias must be \[96\], .* shape \(95,\)"),
+        (
+            {"features": jnp.ones((2, 32), int)},
+            [0, 1],
+            TypeError,
+            "features must be floating point, got int32",
+        ),
         ({"scale": 0.0}, [0, 1], ValueError, "scale must be a positive number, got 0"),
         ({"scale": float("nan")}, [0, 1], ValueError, "scale must be a positive number, got nan"),
         ({"chunk": 0}, [0, 1], ValueError, "chunk must be at least 1, got 0"),
         ({"axis": "tensor"}, [0, 1], ValueError, "no axis 'tensor' .no mesh is in force"),
-        ({"code": ClassCode(24, 16, "sphere")}, [0, 1], ValueError, r"must be \[..., 16\]"),
-        ({"code": ClassCode(8, 8, "simplex", 0)}, [0, 1], ValueError, "made together"),
+        ({"code": ClassCode(96, 16, "sphere")}, [0, 1], ValueError, r"must be \[..., 16\]"),
+        ({"code": ClassCode(8, 32, "simplex", 0)}, [0, 1], ValueError, "made together"),
     ],
     ids=str,
 )
 def test_bad_input_is_named(options, labels, error, message):
-    options = {"code": ClassCode(24, 8, "hadamard"), **options}
+    options = {"code": ClassCode(96, 32, "hadamard"), **options}
+    features = options.pop("features", jnp.ones((2, 32)))
     with pytest.raises(error, match=message):
-        code_cross_entropy(jnp.ones((2, 8)), jnp.array(labels), options.pop("code"), **options)
+        code_cross_entropy(features, jnp.array(labels), options.pop("code"), **options)
 
 
 def test_shards_that_do_not_divide_the_classes_are_refused():

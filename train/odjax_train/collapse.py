@@ -8,6 +8,7 @@ import jax
 
 from odjax.core import Statistic, class_moments
 from odjax.heads import Classifier, FixedHead, collapse_gram, collapse_metrics
+from odjax.lowrank import Adapted
 from odjax_train.errors import UserError
 from odjax_train.measures import Found, Measure, Pass
 from odjax_train.tasks import Batch, Variables
@@ -65,7 +66,7 @@ def neural_collapse(
 
 
 def _features(model: nn.Module, variables: Variables, images: jax.Array) -> jax.Array:
-    if isinstance(model, Classifier):
+    if isinstance(_bare(model), Classifier):
         return model.apply(variables, images, method="seen")
     if hasattr(model, "pooled") and hasattr(model, "features"):
         return model.apply(variables, images, method=lambda m, x: m.pooled(m.features(x)))
@@ -75,9 +76,17 @@ def _features(model: nn.Module, variables: Variables, images: jax.Array) -> jax.
     )
 
 
+def _bare(model: nn.Module) -> nn.Module:
+    return model.inner if isinstance(model, Adapted) else model
+
+
 def _classifier(model: nn.Module, variables: Variables, dim: int) -> Linear:
-    if isinstance(model, Classifier) and isinstance(model.head, FixedHead):
-        return model.apply(variables, dim, method=lambda m, d: m.head.matrix(d)), None
+    bare = _bare(model)
+    if isinstance(bare, Classifier) and isinstance(bare.head, FixedHead):
+        matrix = bare.apply(variables, dim, method=lambda m, d: m.head.matrix(d))
+        compared = bare.head.eval_classes or bare.head.num_classes
+        bias = variables["params"]["head"]["bias"][:compared] if bare.head.bias else None
+        return bare.head.inverse_temperature() * matrix[:, :compared], bias
     head = variables["params"].get("head", {})
     if "kernel" not in head:
         raise UserError("neural_collapse finds no head/kernel among the parameters: give classifier=")
