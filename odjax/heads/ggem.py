@@ -149,10 +149,10 @@ def _power_mean_jvp(options: _Options, primals: tuple, tangents: tuple) -> tuple
     return y, tangent(x, p, y, *moved)
 
 
-def _check(x: jax.Array, groups: int, eps: float, rectify: str, signed: bool) -> None:
-    if x.shape[-1] % groups:
+def _check(width: int, groups: int, eps: float, rectify: str, signed: bool) -> None:
+    if width % groups:
         raise ValueError(
-            f"{x.shape[-1]} channels are not a multiple of {groups} groups: "
+            f"{width} channels are not a multiple of {groups} groups: "
             "take as many groups as attention heads, or another divisor"
         )
     if not eps >= np.finfo(np.float32).tiny:
@@ -181,7 +181,7 @@ def _pooled(
             f"p must be floating point [groups], got {p.dtype} of shape {tuple(p.shape)}: "
             "write jnp.full((groups,), 3.0)"
         )
-    _check(x, p.size, eps, rectify, signed)
+    _check(x.shape[-1], p.size, eps, rectify, signed)
     known = not isinstance(p, jax.core.Tracer) and getattr(p, "is_fully_addressable", True)
     if known and not np.all(np.asarray(p) > 0):
         raise ValueError(f"exponents must be positive, got p = {p}: keep them at 0.01 or more")
@@ -310,7 +310,7 @@ class GGeM(nn.Module):
                 f"p_init must be positive and at least p_min {self.p_min}, got {self.p_init}: "
                 "p_init=1.0 starts as the mean"
             )
-        _check(jnp.zeros((1, self.num_groups)), self.num_groups, self.eps, self.rectify, self.signed)
+        _check(self.num_groups, self.num_groups, self.eps, self.rectify, self.signed)
 
     @nn.compact
     def __call__(

@@ -26,9 +26,8 @@ class PSRP(nn.Module):
 
       u = relu(x W_d),  scale = u W_s,  shift = u W_b.
 
-    Parameters: `down/kernel` W_d [width, rank], `scale/kernel` W_s and `shift/kernel` W_b, both [rank,
-      width]; no
-    biases.
+    Parameters: `down/kernel` W_d [width, rank], `scale/kernel` W_s and `shift/kernel` W_b, both
+    [rank, width]; no biases.
 
     Attributes:
       rank: columns of W_d.
