@@ -64,6 +64,8 @@ def test_a_slug_without_a_proof_is_an_error_that_says_so(monkeypatch):
     monkeypatch.setattr("odjax.registry.METHODS", (*METHODS, unproved))
     with pytest.raises(ValueError, match="unproved has no proof yet; there are proofs of chan-moments"):
         load_proof("unproved")
+    with pytest.raises(ValueError, match="dot-regression is proved with others: odjax reproduce etf-head"):
+        load_proof("dot-regression")
 
 
 def test_a_proof_holds_only_when_every_claim_does():

@@ -26,11 +26,14 @@ def load_proof(slug: str) -> Callable[..., Proof]:
         `prove(folder, *, quick, seed) -> Proof`.
 
     Raises:
-        ValueError: there is no such method (the closest are named), or it has no proof yet.
+        ValueError: there is no such method (the closest are named), it has no proof yet, or one of another
+            name.
     """
     known = dict.fromkeys(proof for method in METHODS for proof in method.proofs)
     if slug not in known:
-        find(slug)
+        shared = find(slug).proofs
+        if shared:
+            raise ValueError(f"{slug} is proved with others: odjax reproduce {' or '.join(shared)}")
         raise ValueError(f"{slug} has no proof yet; there are proofs of {', '.join(known)}")
     return importlib.import_module(f"odjax_train.proofs.{slug.replace('-', '_')}").prove
 
