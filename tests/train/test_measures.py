@@ -86,6 +86,17 @@ def test_a_bias_and_reserved_classes_are_measured_as_they_predict(images, progra
     np.testing.assert_allclose(found["collapse/nc4"], np.mean(nearest == 3), atol=1e-6)
 
 
+def test_with_more_classes_than_a_simplex_takes_the_margins_are_measured(images, program_of):
+    model = Classifier(
+        MLP((16, 5)), FixedHead(10)
+    )  # an orthoplex: every vector at distance 1 from the others
+    program = program_of(images(model=model, measures=[neural_collapse(10, batches=1)], batch=16), 1, 1, 1)
+    found = measure(program, state_of(program))
+    assert found["collapse/min_margin"] == pytest.approx(1, abs=1e-4)
+    assert found["collapse/mean_margin"] == pytest.approx(1, abs=1e-4)
+    assert found["collapse/log_distance_variance"] > 0
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_eight_devices_measure_what_one_does(programs, name):
     one, eight = (

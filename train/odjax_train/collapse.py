@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from odjax.core import Statistic, class_moments
-from odjax.heads import Classifier, FixedHead, collapse_gram, collapse_metrics
+from odjax.heads import Classifier, FixedHead, collapse_gram, collapse_metrics, margin_metrics
 from odjax.lowrank import Adapted
 from odjax_train.errors import UserError
 from odjax_train.measures import Found, Measure, Pass
@@ -38,7 +39,8 @@ def neural_collapse(
 
     Returns:
         The measure, with the figures nc1, nc2, nc3, nc4, within_between, cdnv, equinorm, cosine_spread,
-        cosine_excess and self_duality.
+        cosine_excess and self_duality. With more classes than d + 1, where no simplex fits, also min_margin,
+        mean_margin and log_distance_variance of the directions of the classifier's vectors.
 
     Source: Papyan, Han and Donoho 2020, "Prevalence of neural collapse during the terminal phase of deep
     learning training".
@@ -60,7 +62,10 @@ def neural_collapse(
     def figures(model: nn.Module, variables: Variables, found: Found) -> dict[str, jax.Array]:
         moments, gram = found
         weights, _ = classifier(model, variables, moments.mean.shape[1])
-        return collapse_metrics(moments, gram, weights)
+        values = collapse_metrics(moments, gram, weights)
+        if num_classes > moments.mean.shape[1] + 1:
+            values |= margin_metrics(weights / jnp.linalg.norm(weights, axis=0, keepdims=True))
+        return values
 
     return Measure("collapse", (Pass(means, look), Pass(around, look)), figures, on=on, batches=batches)
 
