@@ -23,6 +23,7 @@ from odjax.io import load_resnet, load_torch_checkpoint, save_safetensors
 from odjax.models import ResNet, resnet
 from odjax_train.data.sources import open_source
 from odjax_train.errors import UserError
+from odjax_train.proofs.figure import save_figure
 from odjax_train.proofs.proof import Claim
 
 MEAN = np.asarray((0.485, 0.456, 0.406), np.float32)
@@ -337,3 +338,26 @@ def spread(values: np.ndarray) -> str:
     '87.0 ± 1.4'
     """
     return f"{values.mean():.1f} ± {values.std(ddof=1) if len(values) > 1 else 0.0:.1f}"
+
+
+def bars(path: Path, fitted: dict[str, Fitted], title: str) -> str:
+    """Draws accuracies, means with standard deviations over seeds.
+
+    Args:
+        path: of the plot.
+        fitted: by name.
+        title: of the plot.
+
+    Returns:
+        The name of the file.
+    """
+
+    def plot(axes: Any) -> None:
+        names = list(fitted)[::-1]
+        means = [fitted[name].accuracy.mean() for name in names]
+        errors = [fitted[name].accuracy.std(ddof=min(1, len(fitted[name].accuracy) - 1)) for name in names]
+        axes.barh(names, means, xerr=errors)
+        least = min(means)
+        axes.set(xlabel="test accuracy (%)", title=title, xlim=(max(0, least - 5), min(100, max(means) + 3)))
+
+    return save_figure(path, plot, (7, 4))

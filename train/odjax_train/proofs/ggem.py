@@ -23,6 +23,7 @@ from odjax_train.proofs.cifar_features import (
     Maps,
     PooledProbe,
     Recipe,
+    bars,
     best_rate,
     cifar_claim,
     data_folder,
@@ -32,7 +33,6 @@ from odjax_train.proofs.cifar_features import (
     network,
     spread,
 )
-from odjax_train.proofs.figure import save_figure
 from odjax_train.proofs.proof import Claim, Proof
 
 SEEDS, RATE, STEPS = 5, 3e-3, 1500
@@ -116,29 +116,6 @@ def table(fitted: dict[str, Fitted]) -> str:
         Mean and standard deviation over seeds, and trained numbers.
     """
     return ", ".join(f"{name} {spread(run.accuracy)} ({run.size:,})" for name, run in fitted.items())
-
-
-def bars(folder: Path, fitted: dict[str, Fitted], title: str) -> str:
-    """Draws the accuracies.
-
-    Args:
-        folder: of the plot.
-        fitted: by name.
-        title: of the plot.
-
-    Returns:
-        The name of the file.
-    """
-
-    def plot(axes: Any) -> None:
-        names = list(fitted)[::-1]
-        means = [fitted[name].accuracy.mean() for name in names]
-        errors = [fitted[name].accuracy.std(ddof=min(1, len(fitted[name].accuracy) - 1)) for name in names]
-        axes.barh(names, means, xerr=errors)
-        least = min(means)
-        axes.set(xlabel="test accuracy (%)", title=title, xlim=(max(0, least - 5), min(100, max(means) + 3)))
-
-    return save_figure(folder / "ggem.svg", plot, (7, 4))
 
 
 def vits() -> dict[str, ViT]:
@@ -229,7 +206,7 @@ def prove(folder: Path, *, quick: bool, seed: int) -> Proof:
     claims += theory_claims(maps.test[:200])
     recipe = Recipe(STEPS, RATE)
     found = {name: fit(probe, maps, recipe, seed) for name, probe in probes().items()}
-    plot = bars(folder, found, f"1,000 MNIST digits, frozen ResNet-20, {SEEDS} seeds")
+    plot = bars(folder / "ggem.svg", found, f"1,000 MNIST digits, frozen ResNet-20, {SEEDS} seeds")
     gain = found["GGeM(16)"].accuracy - found["average"].accuracy
     exponents = np.concatenate([np.asarray(params["pool"]["p"]) for params in found["GGeM(16)"].params])
     tuned, rates = {}, {}
@@ -262,7 +239,7 @@ def _quick(folder: Path, seed: int) -> Proof:
     maps = digits_maps(seed)
     names = ("average", "max", "GGeM(16)")
     found = {name: fit(probes()[name], maps, Recipe(200, 1e-2), seed) for name in names}
-    plot = bars(folder, found, "scikit-learn's digits, random network")
+    plot = bars(folder / "ggem.svg", found, "scikit-learn's digits, random network")
     least = min(run.accuracy.min() for run in found.values())
     claims = [
         *theory_claims(maps.test),

@@ -20,9 +20,9 @@ from odjax.heads.moment_probing import MomentProbe
 from odjax.heads.pooling import TokenPool
 from odjax.heads.second_moments import column_normalize, cross_moments
 from odjax_train.proofs.cifar_features import (
-    Fitted,
     PooledProbe,
     Recipe,
+    bars,
     best_rate,
     cifar_claim,
     data_folder,
@@ -32,7 +32,6 @@ from odjax_train.proofs.cifar_features import (
     network,
     spread,
 )
-from odjax_train.proofs.figure import save_figure
 from odjax_train.proofs.proof import Claim, Proof
 
 SEEDS, RATE, STEPS = 3, 3e-3, 1500
@@ -116,27 +115,6 @@ def theory_claims(params: Any, x: jax.Array) -> list[Claim]:
     ]
 
 
-def bars(folder: Path, fitted: dict[str, Fitted], title: str) -> str:
-    """Draws the accuracies.
-
-    Args:
-        folder: of the plot.
-        fitted: by name.
-        title: of the plot.
-
-    Returns:
-        The name of the file.
-    """
-
-    def plot(axes: Any) -> None:
-        means = [run.accuracy.mean() for run in fitted.values()]
-        errors = [run.accuracy.std(ddof=min(1, len(run.accuracy) - 1)) for run in fitted.values()]
-        axes.bar(list(fitted), means, yerr=errors)
-        axes.set(ylabel="test accuracy (%)", title=title, ylim=(max(0, min(means) - 5), 100))
-
-    return save_figure(folder / "moment_probing.svg", plot)
-
-
 def prove(folder: Path, *, quick: bool, seed: int) -> Proof:
     """Compares moment probing with probes of the first order on frozen features.
 
@@ -167,7 +145,7 @@ def prove(folder: Path, *, quick: bool, seed: int) -> Proof:
     rate = best_rate(mean, maps, recipe, seed)
     tuned = fit(mean, maps, recipe._replace(rate=rate), seed)
     claims += theory_claims(found["moment probing"].params[0], maps.test[:100])
-    plot = bars(folder, found, f"1,000 MNIST digits, frozen ResNet-20, {SEEDS} seeds")
+    plot = bars(folder / "moment_probing.svg", found, f"1,000 MNIST digits, frozen ResNet-20, {SEEDS} seeds")
     shown = ", ".join(f"{name} {spread(run.accuracy)} ({run.size:,})" for name, run in found.items())
     gain = found["moment probing"].accuracy - found["mean"].accuracy
     own = found["moment probing"].accuracy - tuned.accuracy
@@ -199,7 +177,7 @@ def _quick(folder: Path, seed: int) -> Proof:
     maps = digits_maps(seed)
     probes = {"mean": PooledProbe(TokenPool("mean")), "moment probing": probe()}
     found = {name: fit(module, maps, Recipe(60, 1e-2, 50), seed) for name, module in probes.items()}
-    plot = bars(folder, found, "scikit-learn's digits, random network")
+    plot = bars(folder / "moment_probing.svg", found, "scikit-learn's digits, random network")
     least = min(run.accuracy.min() for run in found.values())
     claims = [
         size_claim(),
