@@ -68,3 +68,14 @@ def factor_view(inner, f, w, blocks, k, draw, s, side):
         return path[-1], path
 
     return jax.jit(lambda w: jax.lax.scan(block, w, jnp.arange(blocks))[1].reshape(-1, *w.shape))(w)
+
+
+def traced(function):
+    """The function jitted, and a list that grows by one with every trace."""
+    traces = []
+
+    def call(*arguments):
+        traces.append(len(arguments))
+        return function(*arguments)
+
+    return jax.jit(call), traces

@@ -8,7 +8,7 @@ import pytest
 
 from odjax.lowrank import rac_lora, sketch
 
-from .gradient_cases import INNERS, KEY, lenient, run
+from .gradient_cases import INNERS, KEY, lenient, run, traced
 
 W = {"w": jnp.ones((6, 4))}
 ROWS = optax.GradientTransformation(
@@ -40,11 +40,11 @@ def test_reset_clears_moments_and_their_count_and_lets_schedules_go_on():
     for mode in ("reset", "keep"):
         transform = rac_lora(inner, 2, 3, key=KEY, on_boundary=mode)
         state = transform.init(params)
-        update = jax.jit(transform.update)
+        update, traces = traced(transform.update)
         for _ in range(4):
             _, state = update(g, state)
         counts[mode] = (int(state.factors[0].count), int(state.factors[1].count), int(state.rest[0].count))
-        assert update._cache_size() == 1
+        assert len(traces) == 1
     assert counts == {"reset": (1, 4, 4), "keep": (4, 4, 4)}
 
 
@@ -144,13 +144,14 @@ def test_a_cached_sketch_is_drawn_once_a_block_and_changes_no_number(law, number
     states = [drawn.init(params), cached.init(params)]
     assert states[0].sketches == ()
     assert states[1].sketches["layers/kernel"].size == numbers
-    steps, kept = [jax.jit(drawn.update), jax.jit(cached.update)], []
+    update, traces = traced(cached.update)
+    steps, kept = [jax.jit(drawn.update), update], []
     for i in range(7):
         g = jax.tree.map(lambda p, i=i: p + jax.random.normal(jax.random.key(i), p.shape), params)
         (a, states[0]), (b, states[1]) = (step(g, state) for step, state in zip(steps, states, strict=True))
         np.testing.assert_array_equal(a["layers"]["kernel"], b["layers"]["kernel"])
         kept.append(np.asarray(states[1].sketches["layers/kernel"]))
-    assert steps[1]._cache_size() == 1
+    assert len(traces) == 1
     for i in range(1, 7):
         assert np.array_equal(kept[i], kept[i - 1]) == (i % 3 != 0)
 
