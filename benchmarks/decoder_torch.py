@@ -93,84 +93,20 @@ def jax_step(args: argparse.Namespace, tokens: Any) -> tuple[Callable[..., Any],
 def torch_step(args: argparse.Namespace, tokens: Any, start: Any) -> Callable[[], float]:
     """The same model, weights and optimizer in PyTorch; returns a function that makes one step."""
     import torch
-    import torch.nn.functional as F
+    from torch_decoder import Decoder, Sizes, adamw, load, loss_of
 
     torch.set_num_threads(args.threads)
-    head_dim = args.width // args.heads
-    angles = torch.outer(
-        torch.arange(args.length).float(), 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    model = Decoder(
+        Sizes(args.vocab, args.layers, args.width, args.heads, args.kv_heads, args.mlp_width), args.length
     )
-    cos, sin = torch.cos(angles)[None, None], torch.sin(angles)[None, None]
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-    class Layer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            linear = functools.partial(torch.nn.Linear, bias=False)
-            self.attn_norm = torch.nn.RMSNorm(args.width, eps=1e-5)
-            self.q = linear(args.width, args.heads * head_dim)
-            self.k = linear(args.width, args.kv_heads * head_dim)
-            self.v = linear(args.width, args.kv_heads * head_dim)
-            self.o = linear(args.heads * head_dim, args.width)
-            self.mlp_norm = torch.nn.RMSNorm(args.width, eps=1e-5)
-            self.gate = linear(args.width, args.mlp_width)
-            self.up = linear(args.width, args.mlp_width)
-            self.down = linear(args.mlp_width, args.width)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            h = self.attn_norm(x)
-            q, k, v = (p(h).unflatten(-1, (-1, head_dim)).transpose(1, 2) for p in (self.q, self.k, self.v))
-            y = F.scaled_dot_product_attention(
-                rotate(q), rotate(k), v, is_causal=True, enable_gqa=args.kv_heads != args.heads
-            )
-            x = x + self.o(y.transpose(1, 2).flatten(2))
-            h = self.mlp_norm(x)
-            return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = torch.nn.Embedding(args.vocab, args.width)
-            self.layers = torch.nn.ModuleList(Layer() for _ in range(args.layers))
-            self.norm = torch.nn.RMSNorm(args.width, eps=1e-5)
-            self.lm_head = torch.nn.Linear(args.width, args.vocab, bias=False)
-
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            x = self.embed(tokens)
-            for layer in self.layers:
-                x = layer(x)
-            return self.lm_head(self.norm(x))
-
-    model = Model()
-
-    def put(parameter: torch.nn.Parameter, value: Any) -> None:
-        parameter.data.copy_(torch.from_numpy(value))
-
-    put(model.embed.weight, start["embed"]["embedding"])
-    put(model.norm.weight, start["norm"]["scale"])
-    put(model.lm_head.weight, start["lm_head"]["kernel"].T)
-    for i, layer in enumerate(model.layers):
-        p = start[f"layers_{i}"]
-        put(layer.attn_norm.weight, p["attn_norm"]["scale"])
-        put(layer.mlp_norm.weight, p["mlp_norm"]["scale"])
-        for name in "qkv":
-            put(getattr(layer, name).weight, p["attn"][name]["kernel"].reshape(args.width, -1).T)
-        put(layer.o.weight, p["attn"]["o"]["kernel"].reshape(-1, args.width).T)
-        for name in ("gate", "up", "down"):
-            put(getattr(layer, name).weight, p["mlp"][name]["kernel"].T)
-
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(B1, B2), eps=EPS, weight_decay=DECAY, fused=True
-    )
+    load(model, start)
+    optimizer = adamw(model.parameters(), LEARNING_RATE, B1, B2, EPS, DECAY)
     inputs, targets = torch.from_numpy(tokens[:, :-1]).long(), torch.from_numpy(tokens[:, 1:]).long()
     forward = torch.compile(model) if args.compile else model
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(forward(inputs).flatten(0, 1), targets.flatten())
+        loss = loss_of(forward(inputs), targets)
         loss.backward()
         optimizer.step()
         return loss.item()

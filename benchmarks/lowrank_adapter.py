@@ -15,7 +15,6 @@ Expected: rac at most 1.02; qwix and PEFT above 1.
 import argparse
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -114,24 +113,11 @@ def qwix_step(args: argparse.Namespace) -> Step:
 
 def peft_step(args: argparse.Namespace) -> Step:
     """The same step of a Llama of the same size in PyTorch, adapted by PEFT."""
-    import peft
     import torch
-    import transformers
+    from torch_decoder import Sizes, llama, with_lora
 
-    config = transformers.LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.width,
-        intermediate_size=args.mlp_width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        max_position_embeddings=args.length,
-        use_cache=False,
-    )
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=names)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+    sizes = Sizes(args.vocab, args.layers, args.width, args.heads, args.heads, args.mlp_width)
+    model = with_lora(llama(sizes, args.length), args.rank)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     tokens = torch.randint(0, args.vocab, (args.batch, args.length))
 
