@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -23,10 +24,22 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from odjax_kernels import hlo
+
 TOPOLOGIES = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4")
+UNESTIMATED = {
+    "sort",
+    "while",
+    "conditional",
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+}
 
 Case = tuple[str, Callable[..., Any], tuple[Any, ...]]
 """(name, function, arguments as a tuple of trees of `jax.ShapeDtypeStruct`)."""
@@ -75,8 +88,34 @@ class Compiled:
     outputs: int = 0
 
 
+def libtpu() -> pathlib.Path | None:
+    """The library of the TPU compiler: of the variable TPU_LIBRARY_PATH, or of the installed package.
+
+    Returns:
+      The file, None where there is none.
+
+    Example:
+      >>> libtpu() is None or libtpu().name == "libtpu.so"
+      True
+    """
+    given = os.environ.get("TPU_LIBRARY_PATH")
+    if given:
+        return pathlib.Path(given) if pathlib.Path(given).is_file() else None
+    spec = importlib.util.find_spec("libtpu")
+    return pathlib.Path(spec.submodule_search_locations[0]) / "libtpu.so" if spec else None
+
+
+def libtpu_version() -> str | None:
+    """The version of the package that `libtpu()` belongs to, None where that is not known."""
+    file = libtpu()
+    if file is None:
+        return None
+    beside = importlib.metadata.distributions(name="libtpu", path=[str(file.parents[1])])
+    return next((found.version for found in beside), None)
+
+
 def is_available() -> bool:
-    """Whether libtpu is installed: `pip install 'odjax[aot]'`.
+    """Whether there is a TPU compiler: `pip install 'odjax[aot]'`.
 
     Returns:
       True where `compile_cases` can compile.
@@ -85,31 +124,50 @@ def is_available() -> bool:
       >>> is_available() in (True, False)
       True
     """
-    return importlib.util.find_spec("libtpu") is not None
+    return libtpu() is not None
 
 
-def _cycles(hlo: str) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
+def compiler_environment(dumps: pathlib.Path | None = None) -> dict[str, str]:
+    """The environment of a process that compiles for TPUs which are not there.
+
+    Args:
+      dumps: a folder for the schedules of kernels.
+
+    Returns:
+      This process's own with what the compiler needs.
+    """
+    more = (
+        {} if dumps is None else {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true"}
+    )
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run: compilers of other programs do not matter
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LIBRARY_PATH": str(libtpu()),
+        **more,
+    }
+
+
+def _cycles(text: str) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
     """Sum of the estimates in a program's text, that of each loop's body, and operations without one."""
+    program = hlo.parse(text)
     own: dict[str, int] = {}
-    inner: dict[str, list[list[str]]] = {}
-    bodies, without, entry, name = [], set(), "", ""
-    for line in hlo.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
-        if head:
-            name = head[2]
-            entry = name if head[1] else entry
-        own[name] = own.get(name, 0) + sum(map(int, re.findall(r'"estimated_cycles":"?(\d+)', line)))
-        called = re.findall(r"(body|calls|to_apply|branch_computations)=(\{[^}]*\}|[^,\s]+)", line)
-        for role, names in called:
-            inner.setdefault(name, []).append(re.findall(r"[\w.-]+", names))
-            bodies += inner[name][-1] if role == "body" else []
-        kind = re.search(r" = .*? (sort|while|conditional|all-[a-z]+|reduce-scatter)\(", line)
-        without |= {kind[1]} if kind else set()
+    bodies, without = [], set()
+    for name, instructions in program.computations.items():
+        own[name] = sum(i.cycles or 0 for i in instructions)
+        bodies += [body for i in instructions if i.opcode == "while" for body in i.called("body")]
+        without |= {i.opcode.removesuffix("-start") for i in instructions} & UNESTIMATED
 
     def total(name: str) -> int:
-        return own.get(name, 0) + sum(max(map(total, names)) for names in inner.get(name, []))
+        inner = [
+            [total(child) for child, _ in hlo.children(program, name, i)] for i in program.computations[name]
+        ]
+        return own[name] + sum(max(parts, default=0) for parts in inner)
 
-    return total(entry), tuple(map(total, bodies)), tuple(sorted(without))
+    return total(program.entry), tuple(map(total, bodies)), tuple(sorted(without))
 
 
 def _regions(listing: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -211,7 +269,7 @@ def _compile_here(file: str, topology: str, names: Sequence[str], dumps: pathlib
     cases = {name: (function, shapes) for name, function, shapes in load_cases(file)}
     for name in names:
         function, shapes = cases[name]
-        print(name, flush=True, file=sys.stderr)
+        print(f"begin {name}", flush=True, file=sys.stderr)
         before = {path.name for path in dumps.iterdir()} if dumps.exists() else set()
         try:
             jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
@@ -235,7 +293,8 @@ def _compile_here(file: str, topology: str, names: Sequence[str], dumps: pathlib
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
+def one_at_a_time() -> Iterator[None]:
+    """Waits until no other process of this machine compiles for TPUs."""
     import fcntl
 
     with open(pathlib.Path(tempfile.gettempdir()) / "odjax-libtpu.lock", "a+") as file:
@@ -268,47 +327,74 @@ def compile_cases(
     """
     if not is_available():
         raise RuntimeError("libtpu is not installed: pip install 'odjax[aot]'")
-    found: dict[str, Compiled] = {}
     names = list(dict.fromkeys(names))
-    with _one_at_a_time(), tempfile.TemporaryDirectory() as folder:
+    with one_at_a_time(), tempfile.TemporaryDirectory() as folder:
         dumps = pathlib.Path(folder) / "dumps"
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run: compilers of other programs do not matter
-            "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_LIBRARY_PATH": importlib.util.find_spec("libtpu").submodule_search_locations[0]
-            + "/libtpu.so",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true",
-        }
-        while missing := [name for name in names if name not in found]:
-            command = [sys.executable, "-m", "odjax_kernels.aot", str(file), topology, str(dumps), *missing]
-            try:
-                run = subprocess.run(
-                    command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-                )
-                said, told = run.stdout, run.stderr
-                why = f"the compiler's process ended with {run.returncode}"
-            except subprocess.TimeoutExpired as late:
-                said, told = ((s or b"").decode() for s in (late.stdout, late.stderr))
-                why = f"not compiled within {timeout:.0f} s"
-            for line in said.splitlines():
-                if line.startswith("{"):
-                    report = json.loads(line)
-                    found[report["name"]] = _from_json(report)
-            left = [name for name in missing if name not in found]
-            if not left:
-                break
-            begun = [line for line in told.splitlines() if line in left]
-            if not begun:
-                raise RuntimeError(f"{' '.join(command)}: {why}\n{told[-2000:]}")
-            found[begun[-1]] = Compiled(begun[-1], topology, error=why)
-    return {name: found[name] for name in names}
+
+        def command(missing: Sequence[str]) -> list[str]:
+            return [sys.executable, "-m", "odjax_kernels.aot", str(file), topology, str(dumps), *missing]
+
+        found = run_apart(command, names, environment=compiler_environment(dumps), timeout=timeout)
+    return {
+        name: Compiled(name, topology, error=said) if isinstance(said, str) else _from_json(said)
+        for name, said in ((name, found[name]) for name in names)
+    }
+
+
+def run_apart(
+    command: Callable[[Sequence[str]], Sequence[str]],
+    names: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    timeout: float,
+) -> dict[str, dict[str, Any] | str]:
+    """Has named things done by a process that one of them may take down; the rest goes on in another.
+
+    The process prints "begin NAME" to its standard error before each, and {"name": ..., "record": ...} on a
+    line of its standard output after it.
+
+    Args:
+      command: names that are missing -> what to run.
+      names: of what is to be done.
+      environment: of the process.
+      timeout: seconds for one process.
+
+    Returns:
+      name -> its record, or the reason why there is none. Records under other names are there too.
+
+    Raises:
+      RuntimeError: the process began nothing.
+    """
+    found: dict[str, dict[str, Any] | str] = {}
+    while missing := [name for name in names if name not in found]:
+        line = list(command(missing))
+        try:
+            run = subprocess.run(
+                line, env=dict(environment), capture_output=True, text=True, timeout=timeout, check=False
+            )
+            said, told = run.stdout, run.stderr
+            why = f"the compiler's process ended with {run.returncode}"
+            why += "".join(
+                f": {fatal}" for fatal in re.findall(r"^F\d{4} .*?\] (.*)$", told, re.MULTILINE)[:1]
+            )
+        except subprocess.TimeoutExpired as late:
+            said, told = ((s or b"").decode() for s in (late.stdout, late.stderr))
+            why = f"not compiled within {timeout:.0f} s"
+        for text in said.splitlines():
+            if text.startswith('{"name"'):
+                answer = json.loads(text)
+                found[answer["name"]] = answer["record"]
+        left = [name for name in missing if name not in found]
+        if not left or "mistake" in found:
+            break
+        begun = [name for name in re.findall(r"^begin (.*)$", told, re.MULTILINE) if name in left]
+        if not begun:
+            raise RuntimeError(f"{' '.join(line)}: {why}\n{told[-2000:]}")
+        found[begun[-1]] = why
+    return found
 
 
 if __name__ == "__main__":
     _file, _topology, _dumps, *_names = sys.argv[1:]
     for _report in _compile_here(_file, _topology, _names, pathlib.Path(_dumps)):
-        print(json.dumps(dataclasses.asdict(_report)), flush=True)
+        print(json.dumps({"name": _report.name, "record": dataclasses.asdict(_report)}), flush=True)

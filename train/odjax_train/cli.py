@@ -12,6 +12,7 @@ usage: odjax VERB [...]
 
   train CONFIG [flags]     train; goes on by itself when the run's folder holds a checkpoint
   eval RUN                 judge a checkpoint on the held-out data
+  plan CONFIG [flags]      what a pod will do: memory, FLOPs, collectives, step time; without having one
   generate RUN             continue a text with a trained language model
   translate RUN            translate a text, and its BLEU against people's translation
   merge RUN                put the factors of an adapted run into its weights, one .safetensors file
@@ -87,6 +88,7 @@ def _verb(name: str) -> Callable[[list[str]], int | None]:
     verbs = {
         "train": commands.train,
         "eval": commands.evaluate,
+        "plan": commands.plan,
         "generate": commands.generate,
         "translate": commands.translate,
         "merge": commands.merge,

@@ -14,6 +14,7 @@ from odjax_train.flags import (
     GenerateFlags,
     MergeFlags,
     NoFlags,
+    PlanFlags,
     ReportFlags,
     ReproduceFlags,
     TrainFlags,
@@ -101,6 +102,32 @@ def evaluate(arguments: list[str]) -> int:
     else:
         print(f"step {loaded.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return 0
+
+
+def plan(arguments: list[str]) -> int:
+    """`odjax plan CONFIG [flags]`."""
+    path, flags = _first(arguments, "plan", "a configuration file")
+    if path is None:
+        print("usage: odjax plan CONFIG [flags]\n\nodjax plan CONFIG --help lists the configuration's flags.")
+        return 0
+    from odjax_train.plan.chips import parse_topology
+    from odjax_train.plan.parts import to_json
+    from odjax_train.plan.planner import ask
+    from odjax_train.plan.table import show
+    from odjax_train.run_folder import write_text
+
+    config = configs.load(Path(path))
+    config, options = configs.parse(config, PlanFlags, flags, f"odjax plan {path}")
+    topology = parse_topology(options.topology, options.slices)
+    found = ask(config, topology, options.mesh, timeout=options.timeout)
+    document = json.dumps(to_json(found))
+    if options.out is not None:
+        write_text(options.out, document + "\n")
+    if options.json:
+        print(document)
+    else:
+        show(found)
+    return 0 if found.fits else 1
 
 
 def generate(arguments: list[str]) -> int:

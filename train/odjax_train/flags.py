@@ -35,6 +35,29 @@ class TrainFlags(DeviceFlags):
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanFlags:
+    """What to plan for."""
+
+    topology: str = "here"
+    """Devices to plan for, such as v5e:16x16, v5p-512, h100:8, or here: those of this machine."""
+    mesh: str | None = None
+    """data,fsdp,tensor: devices along each axis, one of them may be -1; the configuration's own when not
+    given."""
+    slices: int = 1
+    """How many such TPU slices, connected by the network."""
+    json: bool = False
+    """Print one JSON object."""
+    out: Path | None = None
+    """Write the plan into that file too, as JSON; odjax report shows it with the runs."""
+    search: bool = False
+    """Try meshes, rematerialization, microbatches and attention, and print what is worth having."""
+    compiles: int = 12
+    """Of a search: how many of the promising candidates to compile."""
+    timeout: int = 1800
+    """Seconds after which a compilation is given up."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalFlags(DeviceFlags):
     """What to judge."""
 

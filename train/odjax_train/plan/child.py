@@ -1,0 +1,172 @@
+"""The process of the compiler, `python -m odjax_train.plan.child REQUEST`: a line of JSON for each part.
+
+It is a process of its own because the compiler may end the one it runs in.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from odjax_kernels import hlo
+from odjax_train import config as configs
+from odjax_train.errors import UserError
+from odjax_train.flags import PlanFlags
+from odjax_train.mesh import MeshShape, make_mesh
+from odjax_train.plan.chips import Topology, parse_topology
+from odjax_train.plan.collectives import Collective
+from odjax_train.plan.flops import model_flops
+from odjax_train.plan.memory import largest, state_memory
+from odjax_train.plan.parts import Part, Traffic
+from odjax_train.plan.schedule import play
+from odjax_train.program import Program, build
+
+
+def devices(topology: Topology) -> list[jax.Device]:
+    """Descriptions of the devices of a TPU topology, to compile for."""
+    from jax.experimental import topologies
+
+    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more)
+    return list(described.devices)
+
+
+def lowerings(program: Program) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """The functions of a program by name, each as what lowers it."""
+    state = program.state
+    return {
+        "init": lambda: program.init.lower(),
+        "step": lambda: program.step.lower(state, program.batch),
+        "evaluate": lambda: program.evaluate.lower(state.params, state.collections, program.batch),
+        **{edit.name: lambda apply=apply: apply.lower(state) for edit, apply in program.edits},
+    }
+
+
+def report(
+    name: str, lower: Callable[[], jax.stages.Lowered], program: Program, topology: Topology, needed: float
+) -> Part:
+    """Compiles one function and says what it will do.
+
+    Args:
+        name: of the part.
+        lower: what lowers it.
+        program: it belongs to.
+        topology: of the mesh's devices.
+        needed: the model's operations in it, on one device.
+    """
+    begin = time.perf_counter()
+    with program.context():
+        compiled = lower().compile()
+    seconds = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
+    parsed = hlo.parse(compiled.as_text())
+    played = play(parsed, program.mesh, topology)
+    return Part(
+        name=name,
+        compile_seconds=seconds,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        flops=hlo.flops(parsed),
+        model_flops=needed,
+        seconds=played.use.seconds,
+        use=played.use._asdict(),
+        traffic=summed(played.collectives),
+        guessed=played.guessed,
+        unknown_loops=played.unknown_loops,
+        largest=largest(parsed),
+    )
+
+
+def summed(collectives: tuple[tuple[Collective, float], ...]) -> tuple[Traffic, ...]:
+    """Collectives added up by kind and axis, the longest first."""
+    groups: dict[tuple[str, str], list[tuple[Collective, float]]] = defaultdict(list)
+    for each, times in collectives:
+        groups[each.kind, each.axis].append((each, times))
+    found = [
+        Traffic(
+            kind,
+            axis,
+            sum(times for _, times in members),
+            int(sum(each.sent * times for each, times in members)),
+            max(each.whole for each, _ in members),
+            sum(each.seconds * times for each, times in members),
+        )
+        for (kind, axis), members in groups.items()
+    ]
+    return tuple(sorted(found, key=lambda traffic: -traffic.seconds))
+
+
+def answers(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Builds the experiment on the topology's mesh and compiles the parts asked for.
+
+    Args:
+        request: config, flags, topology, slices, mesh (or None), parts.
+
+    Yields:
+        name of a part and what `Part` holds; of "head" the state's memory and the names of all parts.
+    """
+    topology = parse_topology(request["topology"], request["slices"])
+    config = configs.load(Path(request["config"]))
+    config, _ = configs.parse(config, PlanFlags, request["flags"], "odjax plan")
+    experiment = config.experiment()
+    shape = experiment.mesh if request["mesh"] is None else MeshShape.parse(request["mesh"])
+    mesh = make_mesh(shape, devices(topology))
+    program = build(experiment, mesh)
+    step, evaluation = model_flops(experiment, program.state, program.batch)
+    needed = {"step": step / mesh.size, "evaluate": evaluation / mesh.size}
+    lowered = lowerings(program)
+    for name in request["parts"]:
+        print(f"begin {name}", file=sys.stderr, flush=True)
+        if name == "head":
+            memory, biggest = state_memory(program)
+            head = {
+                "mesh": list(mesh.devices.shape),
+                "devices": mesh.size,
+                "batch": experiment.batch,
+                "tokens": tokens(program),
+                "memory": memory,
+                "largest": [buffer._asdict() for buffer in biggest],
+                "parts": list(lowered),
+            }
+            yield name, head
+            continue
+        try:
+            part = report(name, lowered[name], program, topology, needed.get(name, 0.0))
+        except Exception as error:  # what the compiler says, whatever it raises
+            part = Part(name=name, error=" ".join(f"{type(error).__name__}: {error}".split())[:4000])
+        yield name, part_record(part)
+
+
+def tokens(program: Program) -> int:
+    """Tokens in a step, 0 where examples are none."""
+    leaf = program.batch.get("targets", program.batch.get("tokens"))
+    return leaf.size if leaf is not None and len(leaf.shape) == 2 else 0
+
+
+def part_record(part: Part) -> dict[str, Any]:
+    """A part as JSON can hold it."""
+    return {
+        **dataclasses.asdict(part),
+        "largest": [buffer._asdict() for buffer in part.largest],
+        "traffic": [traffic._asdict() for traffic in part.traffic],
+    }
+
+
+def main(text: str) -> None:
+    """Answers a request, a line of JSON an answer; a mistake found is one too."""
+    try:
+        for name, record in answers(json.loads(text)):
+            print(json.dumps({"name": name, "record": record}), flush=True)
+    except (UserError, ValueError) as error:
+        print(json.dumps({"name": "mistake", "record": {"error": str(error)}}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,105 @@
+"""Operations that a model needs, counted on what JAX traces, for all devices together."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from odjax.core import combine, partition
+from odjax_train.experiment import Experiment
+from odjax_train.program import TrainState
+
+
+def product_flops(jaxpr: Jaxpr) -> int:
+    """Floating-point operations of the products in a traced function.
+
+    A multiplication and an addition are two. A scan counts as often as it runs, of two branches the one with
+    more, a loop without a known length once. What is elementwise does not count, nor does what kernels do
+    inside.
+
+    Args:
+        jaxpr: of `jax.make_jaxpr(f)(...).jaxpr`.
+
+    >>> product_flops(jax.make_jaxpr(lambda a: a @ a)(jax.numpy.ones((3, 3))).jaxpr)
+    54
+    """
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (lhs, _), _ = params["dimension_numbers"]
+            total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in lhs)
+        elif name == "conv_general_dilated":
+            spec = params["dimension_numbers"]
+            kernel = eqn.invars[1].aval.shape
+            fan_in = math.prod(kernel) // kernel[spec.rhs_spec[0]]
+            total += 2 * eqn.outvars[0].aval.size * fan_in // params["batch_group_count"]
+        elif name == "cond":
+            total += max(product_flops(branch.jaxpr) for branch in params["branches"])
+        elif name != "pallas_call":
+            times = params["length"] if name == "scan" else 1
+            total += times * sum(product_flops(inner) for inner in _inner(params))
+    return total
+
+
+def _inner(params: dict[str, Any]) -> list[Jaxpr]:
+    found = []
+    for value in params.values():
+        if isinstance(value, ClosedJaxpr):
+            found.append(value.jaxpr)
+        elif isinstance(value, Jaxpr):
+            found.append(value)
+    return found
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model without rematerialization and with attention in plain products.
+
+    Args:
+        model: any; what it has no attribute `remat` or `attention` for, also in a module inside, stays.
+    """
+    fields = {field.name for field in dataclasses.fields(model)}
+    changes: dict[str, Any] = {}
+    if "remat" in fields:
+        changes["remat"] = "none"
+    if "attention" in fields:
+        changes["attention"] = "xla"
+    for name in fields - {"parent", "name"}:
+        value = getattr(model, name)
+        if isinstance(value, nn.Module):
+            changes[name] = plain(value)
+    return model.clone(**changes) if changes else model
+
+
+def model_flops(
+    experiment: Experiment, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]
+) -> tuple[int, int]:
+    """Floating-point operations of a training step and of an evaluation, nothing computed twice.
+
+    Forward and backward pass of the products, attention in full (without its causal half); gradients of
+    frozen parameters are not computed. All devices together.
+
+    Args:
+        experiment: whose model and task.
+        state: of shapes.
+        batch: shapes.
+
+    Source: Chowdhery et al. 2022, "PaLM", appendix B, for what counts in a model's utilization.
+    """
+    model = plain(experiment.model)
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
+    params, collections, batch = jax.tree.map(shape, (state.params, state.collections, batch))
+    free, frozen = partition(params, experiment.trainable)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def loss(free: Any, frozen: Any, collections: Any, batch: Any, key: Any) -> Any:
+        variables = {"params": combine(free, frozen), **collections}
+        return experiment.task.loss(model, variables, batch, key)[0]["loss"].total
+
+    arguments = (free, frozen, collections, batch, key)
+    step = jax.make_jaxpr(jax.grad(loss))(*arguments)
+    evaluation = jax.make_jaxpr(loss)(*arguments)
+    return product_flops(step.jaxpr), product_flops(evaluation.jaxpr)

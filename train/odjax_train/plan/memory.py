@@ -1,0 +1,141 @@
+"""What lies in a device's memory: the state, exactly; what a program makes, from its text."""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import jax
+import numpy as np
+
+from odjax.core import combine, leaves_with_paths, partition, select
+from odjax_kernels import hlo
+from odjax_kernels.hlo import HBM, Shape
+from odjax_train.experiment import Experiment
+from odjax_train.plan.parts import Buffer
+from odjax_train.program import Program, packed_masks
+
+SHOWN = 8  # buffers that are named
+_NO_BUFFER = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+}
+
+
+def _buffer(path: str, leaf: jax.ShapeDtypeStruct) -> Buffer:
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    dtype = np.dtype(leaf.dtype)
+    return Buffer(path, math.prod(shape) * dtype.itemsize, f"{dtype.name}{list(shape)}")
+
+
+def state_memory(program: Program) -> tuple[dict[str, int], tuple[Buffer, ...]]:
+    """Bytes of the state on one device, by kind; and its largest arrays.
+
+    Args:
+        program: an experiment's functions.
+
+    Returns:
+        kind -> bytes (trained parameters, frozen parameters, optimizer, masks, collections, average, batch;
+        what is empty is left out), and the largest arrays by path.
+    """
+    state = program.state
+    trained = dict(leaves_with_paths(select(state.params, program.experiment.trainable)))
+    masks = packed_masks(state.opt_state)
+    words = {id(leaf) for leaf in jax.tree.leaves(masks)}
+    groups: dict[str, list[Buffer]] = defaultdict(list)
+    for path, leaf in leaves_with_paths(state.params):
+        groups["parameters" if trained[path] else "frozen parameters"].append(_buffer(path, leaf))
+    for path, leaf in leaves_with_paths(state.opt_state):
+        groups["masks" if id(leaf) in words else "optimizer"].append(_buffer(f"optimizer: {path}", leaf))
+    for kind, tree in (("collections", state.collections), ("average", state.ema), ("batch", program.batch)):
+        groups[kind] += [_buffer(f"{kind}: {path}", leaf) for path, leaf in leaves_with_paths(tree)]
+    sizes = {kind: sum(each.bytes for each in buffers) for kind, buffers in groups.items() if buffers}
+    everything = sorted((b for buffers in groups.values() for b in buffers), key=lambda b: -b.bytes)
+    return sizes, tuple(everything[:SHOWN])
+
+
+def largest(program: hlo.Program) -> tuple[Buffer, ...]:
+    """The largest arrays that a compiled program makes in the main memory, by the operation that makes them.
+
+    Args:
+        program: as `odjax_kernels.hlo.parse` reads it.
+    """
+    found: dict[tuple[str, str], Buffer] = {}
+    fused = {
+        child
+        for name, instructions in program.computations.items()
+        for i in instructions
+        if i.opcode == "fusion"
+        for child, _ in hlo.children(program, name, i)
+    }
+    for name, i, _ in hlo.walk(program):
+        if name in fused or i.opcode in _NO_BUFFER or i.opcode.endswith(("-start", "-done")):
+            continue
+        for shape in i.shapes:
+            if shape.space == HBM and shape.bytes:
+                where = _short(i.op_name) or f"{i.opcode} of the compiler"
+                found.setdefault((where, _text(shape)), Buffer(where, shape.bytes, _text(shape)))
+    return tuple(sorted(found.values(), key=lambda buffer: -buffer.bytes)[:SHOWN])
+
+
+def _text(shape: Shape) -> str:
+    return f"{shape.dtype}{list(shape.dims)}"
+
+
+def _short(op_name: str) -> str:
+    """An operation's name without what JAX's transformations add to it."""
+    noise = ("while", "body", "closed_call", "checkpoint")
+    parts = [part for part in op_name.split("/")[1:] if part not in noise]
+    return "/".join(parts)
+
+
+def activation_bytes(experiment: Experiment, program: Program) -> int:
+    """An estimate of what one device keeps from the forward for the backward pass, without compiling.
+
+    What differentiation saves is traced, rematerialization as configured, and divided by the devices of the
+    batch axes. What belongs to heads, hidden units and vocabulary is divided by the tensor axis too in the
+    compiled program, and not here: with such an axis it is an upper bound.
+
+    Args:
+        experiment: with its own rematerialization.
+        program: its functions on a mesh.
+    """
+    parts = math.prod(program.mesh.shape[axis] for axis in ("data", "fsdp"))
+    rows = experiment.batch // experiment.accumulate
+    bare = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
+    params, collections = jax.tree.map(bare, (program.state.params, program.state.collections))
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in program.batch.items()
+    }
+    free, frozen = partition(params, experiment.trainable)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    model = experiment.model
+
+    def saved(free: Any, frozen: Any, collections: Any, batch: Any, key: Any) -> Any:
+        def loss(free: Any) -> Any:
+            variables = {"params": combine(free, frozen), **collections}
+            return experiment.task.loss(model, variables, batch, key)[0]["loss"].total
+
+        return jax.vjp(loss, free)[1]
+
+    jaxpr = jax.make_jaxpr(saved)(free, frozen, collections, batch, key).jaxpr
+    inputs = set(jaxpr.invars)
+    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
+    kept = {
+        var
+        for var in jaxpr.outvars
+        if hasattr(var, "count") and var not in inputs and var.aval.shape not in weights
+    }
+    return sum(_bytes(var.aval) for var in kept) // parts
+
+
+def _bytes(aval: Any) -> int:
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):  # a random key
+        return 0
+    return aval.size * np.dtype(aval.dtype).itemsize

@@ -1,0 +1,147 @@
+"""Plans for TPUs that are not here: the compiler's process started, and its answers put together."""
+
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from odjax_kernels import aot
+from odjax_train.config import Config
+from odjax_train.errors import UserError
+from odjax_train.plan.chips import Topology
+from odjax_train.plan.parts import Buffer, Part, Plan, part_from_json
+
+NOTES = (
+    "times are estimates: the compiler's cycles of each fusion, in the order of its schedule, loops as often as "
+    "they run; what has no estimate counts by the bytes it touches",
+    "the compiler gives no time for collectives: theirs is bytes over the bandwidth of the links of their axis, "
+    "beside the computation where the schedule starts them early; contention is not seen",
+    "FLOPs are those of the products; MFU counts what the model needs once, attention in full",
+)
+
+
+def check_compiler() -> None:
+    """Raises when there is no TPU compiler, or one that this jaxlib does not go with.
+
+    Raises:
+        UserError: saying what to install.
+    """
+    if not aot.is_available():
+        raise UserError("libtpu, the TPU compiler, is not installed: pip install 'odjax[aot]'")
+    wanted = next(
+        (
+            found[1]
+            for line in importlib.metadata.requires("jax") or ()
+            if (found := re.match(r"libtpu\s*==\s*([\d.]+)(?:\.\*)?\s*;", line))
+        ),
+        None,
+    )
+    have = aot.libtpu_version()
+    if wanted and have and not f"{have}.".startswith(f"{wanted.rstrip('.')}."):
+        raise UserError(
+            f"libtpu {have} does not go with jax {jax.__version__}, which wants libtpu {wanted.rstrip('.')}.*: "
+            f"pip install 'libtpu=={wanted.rstrip('.')}.*'"
+        )
+
+
+def ask(
+    config: Config,
+    topology: Topology,
+    mesh: str | None,
+    *,
+    flags: Sequence[str] = (),
+    parts: Sequence[str] | None = None,
+    timeout: float = 1800.0,
+) -> Plan:
+    """A configuration compiled for a TPU topology, in a process of its own.
+
+    A part that takes the compiler down, or does not fit into the memory, is one with an error.
+
+    Args:
+        config: with the flags that were typed for it.
+        topology: of TPUs.
+        mesh: data,fsdp,tensor; None for the configuration's own.
+        flags: more flags of the configuration, which win over its own.
+        parts: what to compile; None for everything.
+        timeout: seconds for the compiler's process.
+
+    Raises:
+        UserError: what is wrong with the configuration or the mesh.
+    """
+    check_compiler()
+    request = {
+        "config": str(config.path),
+        "flags": [*config.flags, *flags],
+        "topology": topology.name,
+        "slices": topology.slices,
+        "mesh": mesh,
+    }
+
+    def command(names: Sequence[str]) -> list[str]:
+        return [sys.executable, "-m", "odjax_train.plan.child", json.dumps({**request, "parts": list(names)})]
+
+    environment = aot.compiler_environment()
+    with aot.one_at_a_time():
+        found = aot.run_apart(command, ["head"], environment=environment, timeout=timeout)
+        if "mistake" in found:
+            raise UserError(found["mistake"]["error"])
+        head = found["head"]
+        if isinstance(head, str):
+            raise UserError(f"the configuration could not be built for {topology.name}: {head}")
+        names = list(parts or head["parts"])
+        found = aot.run_apart(command, names, environment=environment, timeout=timeout)
+    return Plan(
+        config=str(config.path),
+        flags=(*config.flags, *flags),
+        topology=topology.name,
+        chip=topology.chip,
+        devices=head["devices"],
+        mesh=tuple(head["mesh"]),
+        batch=head["batch"],
+        tokens=head["tokens"],
+        memory=head["memory"],
+        largest=tuple(Buffer(**each) for each in head["largest"]),
+        parts=tuple(_part(name, found[name]) for name in names),
+        versions={"jax": jax.__version__, "libtpu": aot.libtpu_version() or "unknown"},
+        notes=NOTES,
+    )
+
+
+def _part(name: str, said: dict | str) -> Part:
+    if isinstance(said, str):
+        return Part(name=name, error=said)
+    part = part_from_json(said)
+    return _explained(part) if part.error else part
+
+
+_SIZE = r"([\d.]+)([KMGT]?)"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _explained(part: Part) -> Part:
+    """A part whose error, when it is about memory, says how much is missing and what is large."""
+    import dataclasses
+
+    text = part.error
+    if "RESOURCE_EXHAUSTED" not in text:
+        return dataclasses.replace(part, error=text[:600])
+    over = re.search(rf"Exceeded hbm capacity by {_SIZE}", text)
+    total = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", text)
+    short = 0
+    if over:
+        short = int(float(over[1]) * _UNITS[over[2]])
+    elif total:
+        short = int(float(total[1]) * _UNITS[total[2]] - float(total[3]) * _UNITS[total[4]])
+    buffers = re.findall(
+        rf"Size: {_SIZE} Operator: op_(?:type=\S+ )?name=\"([^\"]*)\".*?Shape: (\w+\[[\d,]*\])", text
+    )
+    largest = tuple(
+        Buffer("/".join(name.split("/")[1:]), int(float(size) * _UNITS[unit]), shape)
+        for size, unit, name, shape in buffers
+    )
+    return dataclasses.replace(
+        part, error="does not fit into the memory", short=short, largest=largest or part.largest
+    )
