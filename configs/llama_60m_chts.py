@@ -34,7 +34,7 @@ def experiment(
     where: str = r"layers.*/(attn|mlp)/.*/kernel",
     distribution: Distribution = "uniform",
     per_head: bool = False,
-    topology: Topology | None = None,
+    initial_topology: Topology | None = None,
     r: float = 0.1,
     degrees: Degrees = "fixed",
     interval: int = 100,
@@ -56,6 +56,7 @@ def experiment(
     rewarm: int = 20,
     dtype: str = "bfloat16",
     remat: str = "none",
+    attention: Literal["xla", "cudnn", "blocked", "splash"] | None = None,
     accumulate: int = 1,
     source: str = "arrayrecord:data/*.array_record",
     tokenizer: str = "tokenizer.json",
@@ -76,7 +77,7 @@ def experiment(
         where: which weights are sparse: all of attention and the feed-forward layers.
         distribution: the same sparsity for all kernels, or more links for small ones.
         per_head: every attention head of q, k and v is a graph of its own.
-        topology: links at the start, see `odjax_train.sparse`.
+        initial_topology: links at the start, see `odjax_train.sparse`.
         r: randomness of receptive fields; the paper tries 0 to 0.3.
         degrees: links of each output of a receptive field.
         interval: steps between two changes of links.
@@ -98,13 +99,16 @@ def experiment(
         rewarm: steps over which the learning rate rises again after each change, 0 for none.
         dtype: of the computation.
         remat: what is kept of a layer's activations for the backward pass.
+        attention: implementation; None: JAX's choice. `splash` is a kernel for TPUs, `cudnn` one for GPUs.
         accumulate: microbatches a step.
         source: the text.
         tokenizer: a `tokenizer.json`, or `byte`.
         seed: of everything random.
     """
     text = load_tokenizer(tokenizer)
-    model = decoder(preset, vocab=text.vocab, max_length=length, dtype=dtype, remat=remat)
+    model = decoder(
+        preset, vocab=text.vocab, max_length=length, dtype=dtype, remat=remat, attention=attention
+    )
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, min(warmup, steps // 2), max(steps, 1), end_value=0.1 * learning_rate
     )
@@ -121,7 +125,7 @@ def experiment(
         interval=interval,
         distribution=distribution,
         per_head=per_head,
-        topology=topology,
+        topology=initial_topology,
         r=r,
         degrees=degrees,
         zeta=zeta,

@@ -24,6 +24,7 @@ def experiment(
     base: Path,
     source: str,
     preset: str = "1b",
+    tokenizer: str | None = None,
     method: Literal["rac", "lora", "rslora", "lora_fa", "cola", "dora"] = "rac",
     rank: int = 16,
     alpha: float | None = None,
@@ -36,6 +37,7 @@ def experiment(
     warmup: int = 50,
     accumulate: int = 1,
     remat: str = "full",
+    attention: Literal["xla", "cudnn", "blocked", "splash"] | None = None,
     seed: int = 0,
 ) -> Experiment:
     """Pretrained Llama weights, adapted to a text by low-rank updates.
@@ -44,6 +46,7 @@ def experiment(
         base: folder with the weights and the tokenizer.
         source: the text, `text:<file or glob>` or `arrayrecord:<glob>`.
         preset: the size that the weights have: `1b`, `7b`, `8b`, `70b`.
+        tokenizer: another than the one in that folder.
         method: how the weights are adapted.
         rank: of the update of every matrix.
         alpha: the update is scaled by alpha / rank; None for a scale of 1.
@@ -56,18 +59,19 @@ def experiment(
         warmup: steps over which the learning rate rises.
         accumulate: microbatches a step.
         remat: what is kept of a layer's activations for the backward pass.
+        attention: implementation; None: JAX's choice. `splash` is a kernel for TPUs, `cudnn` one for GPUs.
         seed: of everything random.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, min(warmup, steps // 2), max(steps, 1), 0.1 * learning_rate
     )
     weights = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
-    model = decoder(preset, max_length=length, remat=remat, **weights)
+    model = decoder(preset, max_length=length, remat=remat, attention=attention, **weights)
     model = adapt(model, method=method, rank=rank, alpha=alpha, where=where)
     return Experiment(
         model=model,
         task=language_model(),
-        data=Text(source=source, length=length, tokenizer=load_tokenizer(str(base))),
+        data=Text(source=source, length=length, tokenizer=load_tokenizer(tokenizer or str(base))),
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
         schedule=schedule,
         trainable=FACTORS,

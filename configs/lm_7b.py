@@ -6,6 +6,8 @@ r"""A Llama-2-7B-sized language model, for a pod.
 In float32 the parameters and Adam's moments take 81 GB: over 256 chips 0.3 GB each, before activations.
 """
 
+from typing import Literal
+
 import optax
 
 from odjax.models import decoder
@@ -24,6 +26,7 @@ def experiment(
     weight_decay: float = 0.1,
     accumulate: int = 1,
     remat: str = "full",
+    attention: Literal["xla", "cudnn", "blocked", "splash"] | None = None,
     source: str = "arrayrecord:data/*.array_record",
     tokenizer: str = "tokenizer.json",
     seed: int = 0,
@@ -40,6 +43,7 @@ def experiment(
         weight_decay: of AdamW.
         accumulate: microbatches a step.
         remat: what is kept of a layer's activations for the backward pass.
+        attention: implementation; None: JAX's choice. `splash` is a kernel for TPUs, `cudnn` one for GPUs.
         source: the text.
         tokenizer: a `tokenizer.json`, or `byte`.
         seed: of everything random.
@@ -48,7 +52,7 @@ def experiment(
         0.0, learning_rate, min(warmup, steps // 2), max(steps, 1), end_value=0.1 * learning_rate
     )
     return Experiment(
-        model=decoder(preset, max_length=length, dtype="bfloat16", remat=remat),
+        model=decoder(preset, max_length=length, dtype="bfloat16", remat=remat, attention=attention),
         task=language_model(z_loss=1e-4),
         data=Text(source=source, length=length, tokenizer=load_tokenizer(tokenizer)),
         optimizer=optax.chain(

@@ -25,7 +25,7 @@ def experiment(
     sparsity: float = 0.9,
     interval: int = 25,
     zeta: float = 0.3,
-    topology: Topology | None = None,
+    initial_topology: Topology | None = None,
     predictor: Predictor | None = None,
     temperature: tuple[float, float] = (1.0, 3.0),
     seed: int = 0,
@@ -41,7 +41,7 @@ def experiment(
         sparsity: share of the links that are not there, in all layers but the last.
         interval: steps between two changes of links.
         zeta: share of the links that a change replaces at first.
-        topology: links at the start, see `odjax_train.sparse`.
+        initial_topology: links at the start, see `odjax_train.sparse`.
         predictor: of new links; None: the method's.
         temperature: exponent of the soft removal at the start and at the end.
         seed: of everything random.
@@ -57,7 +57,7 @@ def experiment(
         end=steps * 3 // 4,
         interval=interval,
         zeta=zeta,
-        topology=topology,
+        topology=initial_topology,
         predictor=predictor,
         temperature=temperature,
         seed=seed,

@@ -64,7 +64,7 @@ def experiment(
     where: str = WHERE,
     distribution: Distribution = "uniform",
     per_head: bool = False,
-    topology: Topology | None = None,
+    initial_topology: Topology | None = None,
     r: float = 0.25,
     degrees: Degrees = "fixed",
     interval: int | None = None,
@@ -109,8 +109,8 @@ def experiment(
         where: which weights are sparse.
         distribution: the same sparsity for all kernels, or more links for small ones.
         per_head: every attention head of q, k and v is a graph of its own.
-        topology: links at the start: receptive fields, a small world, or uniformly random; None: receptive
-            fields for Cannistraci-Hebb methods, else random.
+        initial_topology: links at the start: receptive fields, a small world, or uniformly random; None:
+            receptive fields for Cannistraci-Hebb methods, else random.
         r: randomness of receptive fields, from 0 (the nearest inputs) to 1 (any); share of moved links (beta)
             of a small world.
         degrees: links of each output of a receptive field.
@@ -183,7 +183,7 @@ def experiment(
         interval=chosen.interval,
         distribution=distribution,
         per_head=per_head,
-        topology=topology,
+        topology=initial_topology,
         r=r,
         degrees=degrees,
         zeta=zeta,

@@ -60,14 +60,14 @@ def test_the_sizes_are_those_of_the_paper_and_of_two_cores():
         {
             "method": "chts",
             "where": ".*/attn/q/kernel",
-            "topology": "bsw",
+            "initial_topology": "bsw",
             "per_head": True,
             "percolation": False,
             "predictor": "CH3_L3n",
         },
-        {"method": "chtss", "topology": "er", "decay": "cubic", "removal": "hard", "regrowth": "top"},
+        {"method": "chtss", "initial_topology": "er", "decay": "cubic", "removal": "hard", "regrowth": "top"},
         {"method": "chts", "skip_step": True, "history": True, "temperature": (1.0, 3.0), "alpha": 0.0},
-        {"method": "rigl", "distribution": "erk", "topology": "brf", "rewarm": 0, "skip_step": True},
+        {"method": "rigl", "distribution": "erk", "initial_topology": "brf", "rewarm": 0, "skip_step": True},
     ],
     ids=lambda changes: changes["method"],
 )

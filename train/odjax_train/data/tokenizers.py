@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -87,6 +88,49 @@ class ByteTokenizer:
 
 
 BYTES = ByteTokenizer()
+
+
+@dataclasses.dataclass(frozen=True)
+class SizedTokenizer:
+    """A vocabulary's size alone: enough to plan a run, not to make one.
+
+    Args:
+        vocab: number of ids.
+
+    Raises:
+        UserError: when a text is given to it.
+    """
+
+    vocab: int
+
+    @property
+    def name(self) -> str:
+        """The flag that makes it."""
+        return f"vocab:{self.vocab}"
+
+    @property
+    def separator(self) -> int:
+        """The last id."""
+        return self.vocab - 1
+
+    @property
+    def padding(self) -> int:
+        """The id before."""
+        return self.vocab - 2
+
+    def encode(self, text: Text) -> np.ndarray:
+        """There is nothing to encode with."""
+        raise UserError(
+            f"tokenizer {self.name} is the size of a vocabulary, for odjax plan: it has no tokens"
+        )
+
+    def encode_all(self, texts: Iterable[Text]) -> Iterator[np.ndarray]:
+        """As `encode`."""
+        return map(self.encode, texts)
+
+    def decode(self, tokens: np.ndarray | Iterable[int]) -> str:
+        """There is nothing to decode with."""
+        return self.encode("")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +233,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that a flag names.
 
     Args:
-        spec: `"byte"`, or the path of a `tokenizer.json` (or of a folder that holds one).
+        spec: `"byte"`, the path of a `tokenizer.json` (or of a folder that holds one), or `"vocab:32000"`: a
+            size alone, for plans.
 
     Raises:
         UserError: no such file.
@@ -199,9 +244,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "byte":
         return ByteTokenizer()
+    if re.fullmatch(r"vocab:\d+", spec):
+        return SizedTokenizer(int(spec.removeprefix("vocab:")))
     path = Path(spec).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"tokenizer {spec}: no such file; give `byte` or the path of a tokenizer.json")
+        raise UserError(
+            f"tokenizer {spec}: no such file; give `byte`, the path of a tokenizer.json, or for a plan alone "
+            "the size of the vocabulary, such as vocab:32000"
+        )
     return HuggingFaceTokenizer(path)

@@ -15,9 +15,9 @@ from odjax_train.plan.chips import Topology
 from odjax_train.plan.parts import Buffer, Part, Plan, part_from_json
 
 NOTES = (
-    "times are estimates: the compiler's cycles of each fusion, in the order of its schedule, loops as often as "
-    "they run; what has no estimate counts by the bytes it touches",
-    "the compiler gives no time for collectives: theirs is bytes over the bandwidth of the links of their axis, "
+    "times are estimates: the compiler's cycles of each fusion, in the order of its schedule, loops as often "
+    "as they run; what has no estimate counts by the bytes it touches",
+    "the compiler gives no time for collectives: theirs is bytes over the bandwidth of their axis' links, "
     "beside the computation where the schedule starts them early; contention is not seen",
     "FLOPs are those of the products; MFU counts what the model needs once, attention in full",
 )
@@ -35,15 +35,15 @@ def check_compiler() -> None:
         (
             found[1]
             for line in importlib.metadata.requires("jax") or ()
-            if (found := re.match(r"libtpu\s*==\s*([\d.]+)(?:\.\*)?\s*;", line))
+            if (found := re.match(r"libtpu\s*==\s*(\d+(?:\.\d+)*)(?:\.\*)?\s*;", line))
         ),
         None,
     )
     have = aot.libtpu_version()
-    if wanted and have and not f"{have}.".startswith(f"{wanted.rstrip('.')}."):
+    if wanted and have and not f"{have}.".startswith(f"{wanted}."):
         raise UserError(
-            f"libtpu {have} does not go with jax {jax.__version__}, which wants libtpu {wanted.rstrip('.')}.*: "
-            f"pip install 'libtpu=={wanted.rstrip('.')}.*'"
+            f"libtpu {have} does not go with jax {jax.__version__}, which wants libtpu {wanted}.*: "
+            f"pip install 'libtpu=={wanted}.*'"
         )
 
 

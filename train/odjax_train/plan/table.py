@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from odjax.core import format_bytes
+from odjax_train.mesh import AXES
 from odjax_train.plan.parts import Buffer, Part, Plan
 
 
