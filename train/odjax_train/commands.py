@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from odjax_train import config as configs
 from odjax_train.errors import UserError
@@ -45,8 +46,12 @@ def _prepare(flags: DeviceFlags) -> None:
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "odjax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(_cache() / "compiled"))
+
+
+def _cache() -> Path:
+    """The folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "odjax"
 
 
 def train(arguments: list[str]) -> int:
@@ -114,20 +119,74 @@ def plan(arguments: list[str]) -> int:
     from odjax_train.plan.parts import to_json
     from odjax_train.plan.planner import ask
     from odjax_train.plan.table import show
-    from odjax_train.run_folder import write_text
 
     config = configs.load(Path(path))
     config, options = configs.parse(config, PlanFlags, flags, f"odjax plan {path}")
     topology = parse_topology(options.topology, options.slices)
+    config.experiment()  # what is wrong with the flags is said before anything is started
+    if options.search:
+        return _search(config, topology, options)
     found = ask(config, topology, options.mesh, timeout=options.timeout)
-    document = json.dumps(to_json(found))
-    if options.out is not None:
-        write_text(options.out, document + "\n")
-    if options.json:
-        print(document)
-    else:
+    _write_plan(to_json(found), options)
+    if not options.json:
         show(found)
     return 0 if found.fits else 1
+
+
+def _search(config: configs.Config, topology: Any, options: PlanFlags) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from odjax_train.plan.parts import to_json
+    from odjax_train.plan.planner import device_count
+    from odjax_train.plan.search import pareto, search
+    from odjax_train.plan.table import search_table
+
+    if options.mesh is not None:
+        raise UserError("--search tries meshes: leave --mesh out")
+    if not topology.devices:
+        topology = topology._replace(devices=device_count())
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task("", total=options.compiles)
+        tried = search(
+            config,
+            topology,
+            compiles=options.compiles,
+            timeout=options.timeout,
+            cache=_cache() / "plans",
+            progress=lambda done, all_, what: bar.update(task, completed=done, total=all_, description=what),
+        )
+    front = pareto(tried)
+    records = [
+        {
+            "flags": each.candidate.line,
+            "expected": each.estimate._asdict(),
+            "error": each.error,
+            "plan": to_json(each.plan) if each.plan else None,
+        }
+        for each in tried
+    ]
+    _write_plan({"tried": records, "pareto": [each.candidate.line for each in front]}, options)
+    if not options.json:
+        Console().print(search_table(tried, front))
+    return 0 if front else 1
+
+
+def _write_plan(document: dict[str, Any], options: PlanFlags) -> None:
+    from odjax_train.run_folder import write_text
+
+    text = json.dumps(document)
+    if options.out is not None:
+        write_text(options.out, text + "\n")
+    if options.json:
+        print(text)
 
 
 def generate(arguments: list[str]) -> int:

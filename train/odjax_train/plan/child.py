@@ -17,24 +17,32 @@ import jax
 from odjax_kernels import hlo
 from odjax_train import config as configs
 from odjax_train.errors import UserError
+from odjax_train.experiment import Experiment
 from odjax_train.flags import PlanFlags
 from odjax_train.mesh import MeshShape, make_mesh
+from odjax_train.plan import measure
 from odjax_train.plan.chips import Topology, parse_topology
-from odjax_train.plan.collectives import Collective
+from odjax_train.plan.collectives import Collective, found
 from odjax_train.plan.flops import model_flops
 from odjax_train.plan.memory import largest, state_memory
+from odjax_train.plan.model import on_mesh, setting
 from odjax_train.plan.parts import Part, Traffic
 from odjax_train.plan.schedule import play
 from odjax_train.program import Program, build
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-    """Descriptions of the devices of a TPU topology, to compile for."""
-    from jax.experimental import topologies
+    """The devices to compile for; of a TPU descriptions, of GPUs virtual CPU devices in their place."""
+    if topology.kind == "tpu":
+        from jax.experimental import topologies
 
-    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more)
-    return list(described.devices)
+        more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more)
+        return list(described.devices)
+    if topology.devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", topology.devices)
+    return jax.devices()
 
 
 def lowerings(program: Program) -> dict[str, Callable[[], jax.stages.Lowered]]:
@@ -51,7 +59,7 @@ def lowerings(program: Program) -> dict[str, Callable[[], jax.stages.Lowered]]:
 def report(
     name: str, lower: Callable[[], jax.stages.Lowered], program: Program, topology: Topology, needed: float
 ) -> Part:
-    """Compiles one function and says what it will do.
+    """Compiles one function and says what it will do, or on the devices that are here what it does.
 
     Args:
         name: of the part.
@@ -66,8 +74,7 @@ def report(
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     parsed = hlo.parse(compiled.as_text())
-    played = play(parsed, program.mesh, topology)
-    return Part(
+    part = Part(
         name=name,
         compile_seconds=seconds,
         arguments=memory.argument_size_in_bytes,
@@ -75,13 +82,26 @@ def report(
         temporaries=memory.temp_size_in_bytes,
         flops=hlo.flops(parsed),
         model_flops=needed,
-        seconds=played.use.seconds,
-        use=played.use._asdict(),
-        traffic=summed(played.collectives),
-        guessed=played.guessed,
-        unknown_loops=played.unknown_loops,
         largest=largest(parsed),
     )
+    if topology.kind == "tpu":
+        played = play(parsed, program.mesh, topology)
+        return dataclasses.replace(
+            part,
+            seconds=played.use.seconds,
+            use=played.use._asdict(),
+            traffic=summed(played.collectives),
+            guessed=played.guessed,
+            unknown_loops=played.unknown_loops,
+        )
+    part = dataclasses.replace(part, traffic=summed(found(parsed, program.mesh, topology)))
+    if topology.kind == "here":
+        return dataclasses.replace(part, seconds=measure.seconds(program, name, compiled), measured=True)
+    use = {
+        "compute": part.flops / topology.chip.flops,
+        "collectives": sum(each.seconds for each in part.traffic),
+    }
+    return dataclasses.replace(part, use=use, seconds=sum(use.values()))
 
 
 def summed(collectives: tuple[tuple[Collective, float], ...]) -> tuple[Traffic, ...]:
@@ -144,6 +164,38 @@ def answers(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, part_record(part)
 
 
+def facts(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What decides over memory and time of candidates, nothing compiled.
+
+    Args:
+        request: config, flags, topology, slices, meshes, settings (lists of more flags).
+
+    Yields:
+        "mesh i" and "setting i" with what `plan.model` makes of them, or an error.
+    """
+    topology = parse_topology(request["topology"], request["slices"])
+    every = devices(topology)
+    loaded = configs.load(Path(request["config"]))
+
+    def experiment(more: list[str]) -> Experiment:
+        return configs.parse(loaded, PlanFlags, [*request["flags"], *more], "odjax plan")[0].experiment()
+
+    first = experiment([])
+    for index, text in enumerate(request["meshes"]):
+        try:
+            program = build(first, make_mesh(MeshShape.parse(text), every))
+            yield f"mesh {index}", on_mesh(first, program)._asdict()
+        except (UserError, ValueError) as error:
+            yield f"mesh {index}", {"error": str(error)}
+    for index, more in enumerate(request["settings"]):
+        try:
+            each = experiment(more)
+            program = build(each, make_mesh(MeshShape(1, 1, 1), every[:1]))
+            yield f"setting {index}", setting(each, program)._asdict()
+        except Exception as error:  # a kernel that refuses the shapes may raise anything
+            yield f"setting {index}", {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
 def tokens(program: Program) -> int:
     """Tokens in a step, 0 where examples are none."""
     leaf = program.batch.get("targets", program.batch.get("tokens"))
@@ -161,8 +213,9 @@ def part_record(part: Part) -> dict[str, Any]:
 
 def main(text: str) -> None:
     """Answers a request, a line of JSON an answer; a mistake found is one too."""
+    request = json.loads(text)
     try:
-        for name, record in answers(json.loads(text)):
+        for name, record in facts(request) if "meshes" in request else answers(request):
             print(json.dumps({"name": name, "record": record}), flush=True)
     except (UserError, ValueError) as error:
         print(json.dumps({"name": "mistake", "record": {"error": str(error)}}), flush=True)

@@ -69,13 +69,13 @@ _SOLD = {
 }
 _SOLD |= {"v6e": _SOLD["v5e"], "v4": _SOLD["v5p"]}
 
-HERE = "here"
+HERE, CPU = "here", "cpu"
 KNOWN = (
     "TPU: "
     + ", ".join(f"{name}:{'2x4' if chip.dimensions == 2 else '2x2x4'}" for name, chip in TPUS.items())
     + " (any sizes) or as they are sold, v5e-256, v5p-512; GPU: "
     + ", ".join(f"{name}:8" for name in GPUS)
-    + f" (any number); or {HERE!r}, the devices of this machine"
+    + f" (any number); or {HERE!r}, the devices of this machine, and {CPU}:8, so many virtual ones"
 )
 
 
@@ -84,9 +84,9 @@ class Topology(NamedTuple):
 
     Attributes:
         name: as the compiler knows it, such as "v5e:16x16", or as it was given.
-        kind: "tpu", "gpu" or "here".
-        chip: what is known of one, None for "here".
-        devices: how many there are, 0 for "here".
+        kind: "tpu" (compiled for), "gpu" (partitioned as for one, not compiled) or "here" (measured).
+        chip: what is known of one, None where nothing is.
+        devices: how many there are, 0 for all of this machine's.
         sizes: of the torus.
         slices: how many such tori, connected by the network.
     """
@@ -117,6 +117,8 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     if text == HERE:
         return Topology(text, "here", None, 0)
     name, _, size = re.sub("-", ":", text, count=1).partition(":")
+    if name == CPU and size.isdigit() and int(size) > 0:
+        return Topology(text, "here", None, int(size))
     if name in GPUS and size.isdigit() and int(size) > 0:
         return Topology(text, "gpu", GPUS[name], int(size))
     if name not in TPUS:

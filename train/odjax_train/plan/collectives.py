@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from odjax_kernels import hlo
 from odjax_kernels.hlo import Instruction
 from odjax_train.plan.chips import Topology, ring
 
@@ -119,34 +120,49 @@ def collective(
     group = first_group(instruction.text, mesh.size)
     if len(group) < 2:
         return None
+    n = len(group)
+    whole = operand_bytes * n if kind == "all-gather" else operand_bytes
+    sent = whole if kind == "collective-permute" else whole * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+    direction = 0
+    if kind == "collective-permute":
+        direction = 1 if group[1] > group[0] else -1
+    seconds = 0.0 if topology.chip is None else _seconds(kind, group, int(sent), mesh, topology)
+    return Collective(kind, axis_of(group, mesh), int(sent), whole, seconds, direction, instruction.op_name)
+
+
+def _seconds(kind: str, group: Sequence[int], sent: int, mesh: Mesh, topology: Topology) -> float:
     devices = mesh.devices.flat
+    if kind == "collective-permute":
+        group = group[:2]
     coordinates = [getattr(devices[i], "coords", (i,)) for i in group]
     slices = [getattr(devices[i], "slice_index", None) or 0 for i in group]
     links = ring(topology, coordinates, slices)
-    n = links.members
-    part = (n - 1) / n
-    direction = 0
-    if kind == "all-gather":
-        whole = operand_bytes * n
-        sent, seconds = whole * part, whole * part / links.bandwidth
-    elif kind == "reduce-scatter":
-        whole = operand_bytes
-        sent, seconds = whole * part, whole * part / links.bandwidth
-    elif kind == "all-reduce":
-        whole = operand_bytes
-        sent, seconds = 2 * whole * part, 2 * whole * part / links.bandwidth
-    elif kind == "collective-permute":
-        whole = operand_bytes
-        hops = ring(topology, coordinates[:2], slices[:2]).hops
-        sent, seconds = whole, whole * hops / links.one_way
-        direction = 1 if group[1] > group[0] else -1
-        links = links._replace(hops=hops)
+    if kind == "collective-permute":
+        seconds = sent * links.hops / links.one_way
+    elif kind in ("all-to-all", "ragged-all-to-all"):  # a byte passes a quarter of the ring on average
+        seconds = sent * links.members / (4 * links.bandwidth)
     else:
-        whole = operand_bytes
-        sent, seconds = whole * part, whole * n / (4 * links.bandwidth)
-    seconds = max(seconds, HOP * links.hops)
-    axis = axis_of(group, mesh)
-    return Collective(kind, axis, int(sent), int(whole), seconds, direction, instruction.op_name)
+        seconds = sent / links.bandwidth
+    return max(seconds, HOP * links.hops)
+
+
+def found(program: hlo.Program, mesh: Mesh, topology: Topology) -> tuple[tuple[Collective, float], ...]:
+    """The collectives of a program, each with how often it runs.
+
+    Args:
+        program: as `odjax_kernels.hlo.parse` reads it.
+        mesh: the device mesh it was compiled for.
+        topology: of the mesh's devices.
+    """
+    sizes = {
+        name: {i.name: i.bytes for i in instructions} for name, instructions in program.computations.items()
+    }
+    pairs = []
+    for name, i, times in hlo.walk(program):
+        if kind_of(i.opcode):
+            each = collective(i, sum(sizes[name].get(o, 0) for o in i.operands), mesh, topology)
+            pairs += [(each, times)] if each is not None else []
+    return tuple(pairs)
 
 
 def axis_of(group: Sequence[int], mesh: Mesh) -> str:

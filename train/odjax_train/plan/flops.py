@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -74,6 +75,23 @@ def plain(model: nn.Module) -> nn.Module:
     return model.clone(**changes) if changes else model
 
 
+def gradient(
+    experiment: Experiment,
+    state: TrainState,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    model: nn.Module | None = None,
+) -> ClosedJaxpr:
+    """The gradient of the summed loss of a batch, traced; what is frozen has none.
+
+    Args:
+        experiment: whose task, and model where none is given.
+        state: of shapes.
+        batch: shapes.
+        model: in its place.
+    """
+    return _traced(experiment, state, batch, model, jax.grad)
+
+
 def model_flops(
     experiment: Experiment, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]
 ) -> tuple[int, int]:
@@ -90,16 +108,43 @@ def model_flops(
     Source: Chowdhery et al. 2022, "PaLM", appendix B, for what counts in a model's utilization.
     """
     model = plain(experiment.model)
-    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
-    params, collections, batch = jax.tree.map(shape, (state.params, state.collections, batch))
+    step = gradient(experiment, state, batch, model)
+    evaluation = _traced(experiment, state, batch, model, lambda loss: loss)
+    return product_flops(step.jaxpr), product_flops(evaluation.jaxpr)
+
+
+def _traced(
+    experiment: Experiment,
+    state: TrainState,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    model: nn.Module | None,
+    transform: Callable[[Callable[[Any], jax.Array]], Callable[[Any], Any]],
+) -> ClosedJaxpr:
+    model = experiment.model if model is None else model
+    params, collections, batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state.params, state.collections, batch)
+    )
     free, frozen = partition(params, experiment.trainable)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def loss(free: Any, frozen: Any, collections: Any, batch: Any, key: Any) -> Any:
-        variables = {"params": combine(free, frozen), **collections}
-        return experiment.task.loss(model, variables, batch, key)[0]["loss"].total
+    def run(free: Any, frozen: Any, collections: Any, batch: Any, key: Any) -> Any:
+        def loss(free: Any) -> jax.Array:
+            variables = {"params": combine(free, frozen), **collections}
+            return experiment.task.loss(model, variables, batch, key)[0]["loss"].total
 
-    arguments = (free, frozen, collections, batch, key)
-    step = jax.make_jaxpr(jax.grad(loss))(*arguments)
-    evaluation = jax.make_jaxpr(loss)(*arguments)
-    return product_flops(step.jaxpr), product_flops(evaluation.jaxpr)
+        return transform(loss)(free)
+
+    return jax.make_jaxpr(run)(free, frozen, collections, batch, key)
+
+
+def residuals(
+    experiment: Experiment, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]
+) -> ClosedJaxpr:
+    """What the forward pass keeps for the backward pass, traced: the outputs, beside the inputs among them.
+
+    Args:
+        experiment: whose model and task.
+        state: of shapes.
+        batch: shapes.
+    """
+    return _traced(experiment, state, batch, None, lambda loss: lambda free: jax.vjp(loss, free)[1])

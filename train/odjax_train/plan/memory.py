@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import Literal
 
-from odjax.core import combine, leaves_with_paths, partition, select
+from odjax.core import leaves_with_paths, select
 from odjax_kernels import hlo
 from odjax_kernels.hlo import HBM, Shape
 from odjax_train.experiment import Experiment
+from odjax_train.plan.flops import residuals
 from odjax_train.plan.parts import Buffer
 from odjax_train.program import Program, packed_masks
 
@@ -94,45 +96,27 @@ def _short(op_name: str) -> str:
     return "/".join(parts)
 
 
-def activation_bytes(experiment: Experiment, program: Program) -> int:
-    """An estimate of what one device keeps from the forward for the backward pass, without compiling.
+def saved_bytes(experiment: Experiment, program: Program) -> tuple[int, int]:
+    """Bytes that the forward pass keeps of a whole batch for the backward pass, all devices together.
 
-    What differentiation saves is traced, rematerialization as configured, and divided by the devices of the
-    batch axes. What belongs to heads, hidden units and vocabulary is divided by the tensor axis too in the
-    compiled program, and not here: with such an axis it is an upper bound.
+    Traced, with rematerialization as configured; nothing is compiled. Weights that are kept do not count.
 
     Args:
-        experiment: with its own rematerialization.
-        program: its functions on a mesh.
+        experiment: whose model and task.
+        program: its functions on any mesh.
+
+    Returns:
+        all of them, and the largest array.
     """
-    parts = math.prod(program.mesh.shape[axis] for axis in ("data", "fsdp"))
-    rows = experiment.batch // experiment.accumulate
-    bare = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
-    params, collections = jax.tree.map(bare, (program.state.params, program.state.collections))
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
-        for name, leaf in program.batch.items()
-    }
-    free, frozen = partition(params, experiment.trainable)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    model = experiment.model
-
-    def saved(free: Any, frozen: Any, collections: Any, batch: Any, key: Any) -> Any:
-        def loss(free: Any) -> Any:
-            variables = {"params": combine(free, frozen), **collections}
-            return experiment.task.loss(model, variables, batch, key)[0]["loss"].total
-
-        return jax.vjp(loss, free)[1]
-
-    jaxpr = jax.make_jaxpr(saved)(free, frozen, collections, batch, key).jaxpr
+    jaxpr = residuals(experiment, program.state, program.batch).jaxpr
     inputs = set(jaxpr.invars)
-    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
+    weights = {leaf.shape for leaf in jax.tree.leaves(program.state.params)}
     kept = {
-        var
+        id(var): _bytes(var.aval)
         for var in jaxpr.outvars
-        if hasattr(var, "count") and var not in inputs and var.aval.shape not in weights
+        if not isinstance(var, Literal) and var not in inputs and var.aval.shape not in weights
     }
-    return sum(_bytes(var.aval) for var in kept) // parts
+    return sum(kept.values()), max(kept.values(), default=0)
 
 
 def _bytes(aval: Any) -> int:

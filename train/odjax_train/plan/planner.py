@@ -1,26 +1,43 @@
-"""Plans for TPUs that are not here: the compiler's process started, and its answers put together."""
+"""Plans: the compiler's process started, and its answers put together."""
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
+from odjax.version import __version__
 from odjax_kernels import aot
 from odjax_train.config import Config
 from odjax_train.errors import UserError
 from odjax_train.plan.chips import Topology
 from odjax_train.plan.parts import Buffer, Part, Plan, part_from_json
 
-NOTES = (
-    "times are estimates: the compiler's cycles of each fusion, in the order of its schedule, loops as often "
-    "as they run; what has no estimate counts by the bytes it touches",
-    "the compiler gives no time for collectives: theirs is bytes over the bandwidth of their axis' links, "
-    "beside the computation where the schedule starts them early; contention is not seen",
-    "FLOPs are those of the products; MFU counts what the model needs once, attention in full",
-)
+_PRODUCTS = "FLOPs are those of the products; MFU counts what the model needs once, attention in full"
+NOTES = {
+    "tpu": (
+        "times are estimates: the compiler's cycles of each fusion, in the order of its schedule, loops as "
+        "often as they run; what has no estimate counts by the bytes it touches",
+        "the compiler gives no time for collectives: theirs is bytes over the bandwidth of their axis' "
+        "links, beside the computation where the schedule starts them early; contention is not seen",
+        _PRODUCTS,
+    ),
+    "gpu": (
+        "no GPU compiler was asked: the program is partitioned as for GPUs and compiled for CPUs, whose "
+        "temporaries are not a GPU's",
+        "times are products at the peak rate and collectives at the links' full bandwidth, one after the "
+        "other, and nothing else; run odjax plan on the machine itself to measure",
+        _PRODUCTS,
+    ),
+    "here": ("times are measured, with made-up batches", _PRODUCTS),
+}
 
 
 def check_compiler() -> None:
@@ -71,28 +88,13 @@ def ask(
     Raises:
         UserError: what is wrong with the configuration or the mesh.
     """
-    check_compiler()
-    request = {
-        "config": str(config.path),
-        "flags": [*config.flags, *flags],
-        "topology": topology.name,
-        "slices": topology.slices,
-        "mesh": mesh,
-    }
-
-    def command(names: Sequence[str]) -> list[str]:
-        return [sys.executable, "-m", "odjax_train.plan.child", json.dumps({**request, "parts": list(names)})]
-
-    environment = aot.compiler_environment()
-    with aot.one_at_a_time():
-        found = aot.run_apart(command, ["head"], environment=environment, timeout=timeout)
-        if "mistake" in found:
-            raise UserError(found["mistake"]["error"])
-        head = found["head"]
+    request = {**_request(config, topology, flags), "mesh": mesh}
+    with _asked(topology, timeout) as said:
+        head = said({**request, "parts": ["head"]}, ["head"])["head"]
         if isinstance(head, str):
             raise UserError(f"the configuration could not be built for {topology.name}: {head}")
         names = list(parts or head["parts"])
-        found = aot.run_apart(command, names, environment=environment, timeout=timeout)
+        found = said({**request, "parts": names}, names)
     return Plan(
         config=str(config.path),
         flags=(*config.flags, *flags),
@@ -105,9 +107,88 @@ def ask(
         memory=head["memory"],
         largest=tuple(Buffer(**each) for each in head["largest"]),
         parts=tuple(_part(name, found[name]) for name in names),
-        versions={"jax": jax.__version__, "libtpu": aot.libtpu_version() or "unknown"},
-        notes=NOTES,
+        versions=versions(topology),
+        notes=NOTES[topology.kind],
     )
+
+
+def ask_facts(
+    config: Config,
+    topology: Topology,
+    meshes: Sequence[str],
+    settings: Sequence[Sequence[str]],
+    *,
+    timeout: float,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What decides over memory and time of candidates (`plan.model`), traced in a process of its own.
+
+    Args:
+        config: with the flags that were typed for it.
+        topology: of devices.
+        meshes: each data,fsdp,tensor.
+        settings: more flags of the configuration.
+        timeout: seconds.
+
+    Returns:
+        a record for each mesh and each setting, or {"error": why there is none}.
+
+    Raises:
+        UserError: what is wrong with the configuration.
+    """
+    names = [f"mesh {i}" for i in range(len(meshes))] + [f"setting {i}" for i in range(len(settings))]
+    with _asked(topology, timeout) as said:
+        request = _request(config, topology, ())
+        found = said({**request, "meshes": list(meshes), "settings": list(map(list, settings))}, names)
+    records = [{"error": each} if isinstance(each, str) else each for each in map(found.get, names)]
+    return records[: len(meshes)], records[len(meshes) :]
+
+
+def _request(config: Config, topology: Topology, flags: Sequence[str]) -> dict[str, Any]:
+    return {
+        "config": str(config.path),
+        "flags": [*config.flags, *flags],
+        "topology": topology.name,
+        "slices": topology.slices,
+    }
+
+
+@contextlib.contextmanager
+def _asked(topology: Topology, timeout: float) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A function that has requests answered; while it is in use, nobody else compiles for TPUs."""
+    compiles = topology.kind == "tpu"
+    if compiles:
+        check_compiler()
+    environment = aot.compiler_environment() if compiles else dict(os.environ)
+
+    def said(request: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        def command(missing: Sequence[str]) -> list[str]:
+            left = {"parts": list(missing)} if "parts" in request else {}
+            return [sys.executable, "-m", "odjax_train.plan.child", json.dumps({**request, **left})]
+
+        found = aot.run_apart(command, names, environment=environment, timeout=timeout)
+        if "mistake" in found:
+            raise UserError(found["mistake"]["error"])
+        return found
+
+    with aot.one_at_a_time() if compiles else contextlib.nullcontext():
+        yield said
+
+
+def device_count() -> int:
+    """How many devices this machine has, found by a process of its own, so that they stay free."""
+    counted = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.device_count())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(counted.stdout)
+
+
+def versions(topology: Topology) -> dict[str, str]:
+    """Versions of what a plan depends on."""
+    compiler = {"libtpu": aot.libtpu_version() or "unknown"} if topology.kind == "tpu" else {}
+    return {"odjax": __version__, "jax": jax.__version__, **compiler}
 
 
 def _part(name: str, said: dict | str) -> Part:
@@ -123,8 +204,6 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def _explained(part: Part) -> Part:
     """A part whose error, when it is about memory, says how much is missing and what is large."""
-    import dataclasses
-
     text = part.error
     if "RESOURCE_EXHAUSTED" not in text:
         return dataclasses.replace(part, error=text[:600])

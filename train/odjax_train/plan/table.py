@@ -9,6 +9,7 @@ from rich.text import Text
 from odjax.core import format_bytes
 from odjax_train.mesh import AXES
 from odjax_train.plan.parts import Buffer, Part, Plan
+from odjax_train.plan.search import Tried
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
@@ -18,9 +19,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
 
 def render(plan: Plan) -> Group:
     """A plan for rich."""
-    mesh = " x ".join(
-        f"{name} {size}" for name, size in zip(("data", "fsdp", "tensor"), plan.mesh, strict=True)
-    )
+    mesh = " x ".join(f"{name} {size}" for name, size in zip(AXES, plan.mesh, strict=True))
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     head = Text(f"{plan.config} on {plan.topology}: {plan.devices} devices, {mesh}; {versions}")
     pieces = [head, _memory(plan), _parts(plan)]
@@ -86,37 +85,36 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _parts(plan: Plan) -> Table:
-    columns = [
-        "compiled",
-        "arguments",
-        "results",
-        "temporaries",
-        "peak",
-        "of memory",
-        "FLOPs",
-        "time",
-        "of it: ",
-    ]
-    columns[-1] = "compute / kernels / modelled / collectives / copies"
-    table = _table("functions, a device", [*columns, "MFU", "compiled in"])
+def _parts(plan: Plan) -> Group:
+    memory = _table(
+        "memory of a device", ["function", "arguments", "results", "temporaries", "peak", "of all"]
+    )
+    time = _table("time of a device", ["function", "FLOPs", "time", "of it", "MFU", "compiled in"])
     for part in plan.parts:
         if part.error:
-            table.add_row(part.name, *(["-"] * 9), "failed")
+            memory.add_row(part.name, *["-"] * 5)
+            time.add_row(part.name, *["-"] * 4, "failed")
             continue
+        sizes = (part.arguments, part.outputs, part.temporaries, part.peak)
         of = f"{part.peak / plan.chip.memory:.1%}" if plan.chip else "-"
+        memory.add_row(part.name, *(format_bytes(size) for size in sizes), of)
         use = part.utilization(plan.chip)
-        table.add_row(
+        time.add_row(
             part.name,
-            *(format_bytes(size) for size in (part.arguments, part.outputs, part.temporaries, part.peak)),
-            of,
-            f"{part.flops / 1e12:.3g} T",
+            f"{part.flops / 1e12:.3g} T" if part.flops else "-",
             duration(part.seconds) if part.seconds else "-",
-            " / ".join(f"{seconds / part.seconds:.0%}" for seconds in part.use.values()) if part.use else "-",
+            _shares(part),
             f"{use:.1%}" if use else "-",
             f"{part.compile_seconds:.1f} s",
         )
-    return table
+    return Group(memory, time)
+
+
+def _shares(part: Part) -> str:
+    if not part.use or not part.seconds:
+        return "-"
+    parts = {name: seconds / part.seconds for name, seconds in part.use.items()}
+    return ", ".join(f"{name} {share:.0%}" for name, share in parts.items() if share >= 0.005)
 
 
 def _traffic(plan: Plan) -> Table:
@@ -147,3 +145,24 @@ def _buffers(plan: Plan) -> Table:
     for buffer, where in rows:
         table.add_row(buffer.name, format_bytes(buffer.bytes), buffer.shape, where)
     return table
+
+
+def search_table(tried: Sequence[Tried], front: Sequence[Tried]) -> Group:
+    """What a search tried, and what of it is worth having."""
+    columns = ["flags", "time", "MFU", "peak of a device", "expected", "said"]
+    table = _table("tried, the fastest first", columns)
+    for each in tried:
+        step = each.plan.part("step") if each.plan else None
+        ran = step is not None and not step.error
+        use = step.utilization(each.plan.chip) if ran else 0.0
+        table.add_row(
+            ("* " if each in front else "  ") + each.candidate.line,
+            duration(step.seconds) if ran else "-",
+            f"{use:.1%}" if use else "-",
+            format_bytes(step.peak) if ran else "-",
+            f"{duration(each.estimate.seconds)}, {format_bytes(int(each.estimate.bytes))}",
+            "" if ran else (problem(step) if step is not None else each.error)[:60],
+        )
+    best = front[0].candidate.line if front else "nothing that was compiled fits"
+    legend = Text("* nothing else is better in both time and memory", style="dim")
+    return Group(table, legend, Text(best, style="bold"))
