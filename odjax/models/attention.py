@@ -1,5 +1,6 @@
 """Multi-head attention with grouped keys, rotary positions, masks and a cache."""
 
+import inspect
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -13,9 +14,11 @@ from odjax.models.blocked_attention import blocked_attention
 from odjax.models.dense import matrix_dot
 from odjax.models.norms import RMSNorm
 from odjax.models.rotary import rotate
+from odjax.models.splash_attention import splash_attention
 
 AttentionFn = Callable[..., jax.Array]
-IMPLEMENTATIONS = (None, "xla", "cudnn", "blocked")
+Segments = tuple[jax.Array, jax.Array]
+IMPLEMENTATIONS = (None, "xla", "cudnn", "blocked", "splash")
 
 linear_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -33,6 +36,24 @@ def check_attention(implementation: str | AttentionFn | None) -> None:
         raise ValueError(f"attention must be one of {IMPLEMENTATIONS} or a function, got {implementation!r}")
 
 
+def takes_segments(implementation: str | AttentionFn | None) -> bool:
+    """Whether an implementation takes the ids of packed documents in place of their mask.
+
+    Args:
+        implementation: see `attend`; of a function, whether it has an argument `segments`.
+
+    Returns:
+        True if `attend` hands them on as they are.
+
+    Example:
+        >>> takes_segments("splash"), takes_segments("xla")
+        (True, False)
+    """
+    if callable(implementation):
+        return "segments" in inspect.signature(implementation).parameters
+    return implementation == "splash"
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -41,6 +62,7 @@ def attend(
     *,
     causal: bool = False,
     implementation: str | AttentionFn | None = None,
+    segments: Segments | None = None,
 ) -> jax.Array:
     """`softmax(query key^T / sqrt(head_dim)) value`, with the softmax in float32.
 
@@ -50,9 +72,12 @@ def attend(
         value: like `key`.
         mask: bool, broadcastable to [B, heads, T, S]; True where attention may look.
         causal: whether token t sees only tokens 0..t.
-        implementation: None (JAX chooses), "xla", "cudnn", "blocked" (plain JAX, see `blocked_attention`), or
-            a function `(query, key, value, *, mask, is_causal) -> [B, T, heads, head_dim]`, for example a
-            Pallas kernel.
+        implementation: None (JAX chooses), "xla", "cudnn", "blocked" (plain JAX, see `blocked_attention`),
+            "splash" (Pallas kernels for TPU, see `splash_attention`), or a function
+            `(query, key, value, *, mask, is_causal) -> [B, T, heads, head_dim]`. One with an argument
+            `segments` too gets the ids, every other one the mask that they make.
+        segments: ids of packed documents, of the queries [B, T] and of the keys [B, S], int32; a query sees
+            its own document only.
 
     Returns:
         [B, T, heads, head_dim].
@@ -66,6 +91,13 @@ def attend(
     """
     if implementation == "blocked":
         implementation = blocked_attention
+    elif implementation == "splash":
+        implementation = splash_attention
+    if segments is not None and takes_segments(implementation):
+        return implementation(query, key, value, mask=mask, is_causal=causal, segments=segments)
+    if segments is not None:
+        same = segment_mask(*segments)
+        mask = same if mask is None else mask & same
     if callable(implementation):
         return implementation(query, key, value, mask=mask, is_causal=causal)
     # JAX's own function mixes bf16 and float32, which strict promotion forbids.
@@ -145,6 +177,7 @@ class Attention(nn.Module):
         mask: jax.Array | None = None,
         angles: tuple[jax.Array, jax.Array] | None = None,
         positions: jax.Array | None = None,
+        segments: Segments | None = None,
     ) -> jax.Array:
         """Attends from `x` to itself, or to `source`.
 
@@ -154,6 +187,7 @@ class Attention(nn.Module):
             mask: bool, broadcastable to [B, heads, T, S] (to [B, heads, T, cache_length] with a cache).
             angles: of the rotary positions, for queries and keys.
             positions: [B, T] int32, consecutive in each row: the cache's slots to write. With a cache only.
+            segments: see `attend`.
 
         Returns:
             [B, T, width].
@@ -185,7 +219,9 @@ class Attention(nn.Module):
                 )
 
         causal = self.causal and self.cache_length is None
-        y = attend(query, key, value, mask, causal=causal, implementation=self.implementation)
+        y = attend(
+            query, key, value, mask, causal=causal, implementation=self.implementation, segments=segments
+        )
         y = constrain(y, "batch", "length", "act_heads", None)
         return nn.DenseGeneral(
             x.shape[-1],

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from odjax.core import named
-from odjax.models.attention import Attention, AttentionFn, check_attention, segment_mask
+from odjax.models.attention import (
+    Attention,
+    AttentionFn,
+    Segments,
+    check_attention,
+    segment_mask,
+    takes_segments,
+)
 from odjax.models.axes import constrain
 from odjax.models.dense import matrix_dot
 from odjax.models.embedding import attend_tokens, embedding_init, table_by_vocab
@@ -46,6 +53,7 @@ class DecoderLayer(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array | None,
+        segments: Segments | None,
         angles: tuple[jax.Array, jax.Array],
         positions: jax.Array,
     ) -> jax.Array:
@@ -64,7 +72,7 @@ class DecoderLayer(nn.Module):
             cache_length=self.cache_length,
             **dtypes,
             name="attn",
-        )(h, mask=mask, angles=angles, positions=positions)
+        )(h, mask=mask, angles=angles, positions=positions, segments=segments)
         h = RMSNorm(self.norm_eps, **dtypes, name="mlp_norm")(x)
         x = x + SwiGLU(self.mlp_width, **dtypes, name="mlp")(h)
         return constrain(x, "batch", "length", "act_embed")
@@ -222,8 +230,10 @@ class Decoder(nn.Module):
             raise ValueError("segments and cache_length exclude each other: generate one document a row")
         if positions is None:
             positions = jnp.arange(length, dtype=jnp.int32)[None]
-        mask = None
-        if segments is not None:
+        mask, packed = None, None
+        if segments is not None and takes_segments(self.attention):
+            packed = (segments, segments)
+        elif segments is not None:
             mask = segment_mask(segments, segments)
         if cache_length is not None:
             positions = jnp.broadcast_to(positions, tokens.shape)
@@ -251,7 +261,12 @@ class Decoder(nn.Module):
         x = self.embed(tokens).astype(self.dtype)
         x = constrain(x, "batch", "length", "act_embed")
         x = run_layers(
-            layer, x, shared=(mask, angles, positions), layers=self.layers, scan=self.scan, remat=self.remat
+            layer,
+            x,
+            shared=(mask, packed, angles, positions),
+            layers=self.layers,
+            scan=self.scan,
+            remat=self.remat,
         )
         return self.norm(x)
 

@@ -8,14 +8,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from odjax.models.splash_attention import RESIDUALS
+
 NO_REMAT = "none"
 
-# What is kept for the backward pass, from everything to nothing; the rest is computed again.
+_attention = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
+
+
+def _with_attention(policy: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps too what splash attention needs not to run forward again: its output, and a number a query."""
+
+    def both(primitive: Any, *args: Any, **params: Any) -> Any:
+        return _attention(primitive, *args, **params) or policy(primitive, *args, **params)
+
+    return both
+
+
+# What is kept for the backward pass, from everything to nothing; the rest is computed again. "attention" is
+# "full" where attention is not "splash".
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     NO_REMAT: None,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "dots": _with_attention(jax.checkpoint_policies.dots_saveable),
+    "dots_no_batch": _with_attention(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "offload": _with_attention(
+        jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    ),
+    "attention": _attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -32,7 +50,7 @@ def check_remat(remat: str) -> None:
     Example:
         >>> check_remat("all")
         Traceback (most recent call last):
-        ValueError: remat must be one of none, dots, dots_no_batch, offload, full, got 'all'
+        ValueError: remat must be one of none, dots, dots_no_batch, offload, attention, full, got 'all'
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {remat!r}")
