@@ -1,7 +1,7 @@
 """The decoder in PyTorch: the same model, weights and optimizer, to compare `odjax.models.Decoder` with.
 
-It is written as one would write it there: `nn.Linear`, `scaled_dot_product_attention`, `AdamW(fused=True)`, and
-PEFT's LoRA where asked for. Imports neither JAX nor odjax.
+It is written as one would write it there: `nn.Linear`, `scaled_dot_product_attention`, `AdamW(fused=True)`,
+and PEFT's LoRA where asked for. Imports neither JAX nor odjax.
 """
 
 import functools
