@@ -259,10 +259,11 @@ def _lengthened(x: jax.Array, length: int, fill: int) -> jax.Array:
 
 
 def _fitted(block: Block, length: int, keys: int) -> Block:
-    """The largest multiples of 128 up to the sizes asked for that divide what they are blocks of."""
+    """The largest multiples of 128 up to the sizes asked for that divide; for keys at once the nearest one."""
 
-    def fit(size: int, whole: int) -> int:
-        return next(n for n in range(min(size, whole), 0, -LANES) if whole % n == 0)
+    def divisors(whole: int) -> list[int]:
+        return [n for n in range(LANES, whole + 1, LANES) if whole % n == 0]
 
-    wide = fit(block[1], keys)
-    return fit(block[0], length), wide, fit(block[2], wide)
+    wide = max(n for n in divisors(keys) if n <= block[1])
+    at_once = min(divisors(wide), key=lambda n: (abs(n - block[2]), -n))
+    return max(n for n in divisors(length) if n <= block[0]), wide, at_once
