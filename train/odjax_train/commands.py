@@ -144,6 +144,8 @@ def _search(config: configs.Config, topology: Any, options: PlanFlags) -> int:
 
     if options.mesh is not None:
         raise UserError("--search tries meshes: leave --mesh out")
+    if options.compiles < 1:
+        raise UserError(f"--compiles must be at least 1, got {options.compiles}")
     if not topology.devices:
         topology = topology._replace(devices=device_count())
     bar = Progress(

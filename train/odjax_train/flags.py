@@ -48,7 +48,7 @@ class PlanFlags:
     json: bool = False
     """Print one JSON object."""
     out: Path | None = None
-    """Write the plan into that file too, as JSON; odjax report shows it with the runs."""
+    """Write it into that file too, as JSON; odjax report shows RUN/plan.json beside the run's curves."""
     search: bool = False
     """Try meshes, rematerialization, microbatches and attention, and print what is worth having."""
     compiles: int = 12

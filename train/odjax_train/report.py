@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from odjax_train import metrics, run_folder, topology_page
 from odjax_train.errors import UserError
+from odjax_train.plan import page as plan_page
 from odjax_train.plots import lines
 
 _PAGE = """<!doctype html>
@@ -206,6 +207,7 @@ def _details(run: Run, *, heading: bool) -> str:
     record = run.record
     parts = [f"<h2>{_e(run.folder.name)}</h2>"] if heading else []
     parts.append(topology_page.links(run.folder))
+    parts.append(plan_page.section(run.folder))
     samples = [event for event in run.events if event["event"] == "sample"]
     if samples:
         text = samples[-1]["prompt"] + samples[-1]["text"]

@@ -174,8 +174,6 @@ def search(
     Raises:
         UserError: no candidate can be built, with the reason.
     """
-    if compiles < 1:
-        raise UserError(f"--compiles must be at least 1, got {compiles}")
     progress(0, compiles, "estimating")
     known, reasons = estimates(config, topology, candidates(config, topology), cache, timeout)
     if not known:

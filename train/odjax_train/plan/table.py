@@ -60,11 +60,13 @@ def problem(part: Part) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds with a unit.
+    """Seconds with a unit, "0" for none.
 
     >>> duration(0.0123), duration(4e-6), duration(75.0)
     ('12.3 ms', '4.0 us', '75.0 s')
     """
+    if not seconds:
+        return "0"
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
