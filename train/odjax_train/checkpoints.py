@@ -29,7 +29,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import checkpoint_managers as managers
 
 from odjax.core import Where, differences, leaves_with_paths
-from odjax_train.distributed import as_main, barrier, everywhere, is_main
+from odjax_train.distributed import as_main, barrier, everywhere, is_main, pause
 from odjax_train.errors import UserError
 from odjax_train.program import TrainState
 from odjax_train.stored import (
@@ -90,6 +90,11 @@ class _WithHolders:
         return [keep or step in needed for step, keep in zip(steps, kept, strict=True)]
 
 
+def _unfinished(folder: Path) -> list[int]:
+    names = (path.name.partition(ocp.utils.TMP_DIR_SUFFIX) for path in folder.glob("*"))
+    return sorted(int(step) for step, suffix, _ in names if suffix and step.isdigit())
+
+
 class Checkpoints:
     """The checkpoints of one run folder.
 
@@ -129,6 +134,8 @@ class Checkpoints:
                 )
             )
         self._better = min if mode == "min" else max
+        # Steps of checkpoints that were being written when the run was killed; Orbax deletes them now.
+        self.unfinished = _unfinished(self.folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -357,6 +364,7 @@ class _Explained:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error is None or not isinstance(error, Exception):
             return
+        pause()
         steps = [s for s in self._checkpoints.steps() if s != self._step]
         last = f"the last good one is of step {max(steps)}" if steps else "there is none before it"
         reason = " ".join(str(error).split())[:300]

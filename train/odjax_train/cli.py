@@ -4,8 +4,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from odjax_train.errors import UserError
+
+if TYPE_CHECKING:
+    from odjax_train.watch import Watch
 
 HELP = """\
 usage: odjax VERB [...]
@@ -23,26 +27,34 @@ usage: odjax VERB [...]
 
 odjax VERB --help says more; odjax train CONFIG --help lists the configuration's flags.
 exit status: 0 done, 1 an error of ours, 2 a mistake typed or found, 3 diverged,
-             75 stopped and resumable, 130 stopped at once by a second Ctrl-C
+             75 stopped, or another process is gone: resumable, 130 stopped at once by a second Ctrl-C
 """
 
-ERROR, MISTAKE, DIVERGED, INTERRUPTED = 1, 2, 3, 75
+ERROR, MISTAKE, DIVERGED, INTERRUPTED, STOPPED = 1, 2, 3, 75, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits."""
     status = run(list(sys.argv[1:] if arguments is None else arguments))
-    if status in (ERROR, MISTAKE) and _several():
+    if status in (ERROR, MISTAKE, STOPPED) and _several():
         # Leaving the ordinary way waits for the other processes, which may be waiting for this one.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    if others := _others():
+        others.leave()
     sys.exit(status)
 
 
 def _several() -> bool:
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
+
+
+def _others() -> "Watch | None":
+    """What watches over the other processes, if there are any."""
+    distributed = sys.modules.get("odjax_train.distributed")
+    return distributed and distributed.watching
 
 
 def run(arguments: list[str]) -> int:
@@ -66,19 +78,25 @@ def run(arguments: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        print("odjax: stopped", file=sys.stderr)
-        return 130
+        return _complain("stopped", STOPPED, debug)
     except UserError as error:
         return _complain(str(error), MISTAKE, debug)
     except Exception as error:
+        if others := _others():
+            others.pause()
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return _complain(text[:2000] + ("" if debug else " (--debug shows where)"), ERROR, debug)
 
 
 def _complain(text: str, status: int, debug: bool) -> int:
+    others = _others()
+    if others is not None:
+        others.take_over()
     if debug:
         traceback.print_exc()
-    print(f"odjax: {text}", file=sys.stderr)
+    print(f"odjax: {text}", file=sys.stderr, flush=True)
+    if others is not None:
+        others.fail(status, text)
     return status
 
 

@@ -13,9 +13,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from odjax_train import watch
 from odjax_train.errors import UserError
 
 T = TypeVar("T")
+
+# Over the other processes; None when there are none.
+watching: watch.Watch | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,9 @@ def _on_tpu_vm() -> bool:
 
 
 def join(processes: Processes, cpu_devices: int | None = None) -> None:
-    """Joins the other processes, if there are any; to be called before anything touches a device.
+    """Joins the other processes, if there are any, and watches over them.
+
+    To be called before anything touches a device.
 
     Args:
         processes: who they are.
@@ -82,6 +88,21 @@ def join(processes: Processes, cpu_devices: int | None = None) -> None:
         raise UserError(
             f"cannot join the other processes at {where}: {' '.join(str(error).split())}"
         ) from error
+    if jax.distributed.is_initialized():
+        global watching
+        watching = watch.begin(processes.coordinator)
+
+
+def pause() -> None:
+    """To be called before an error is explained: does not return when another process is its cause."""
+    if watching is not None:
+        watching.pause()
+
+
+def advise(advice: Callable[[], str]) -> None:
+    """Sets what is said after "process 2 of 4 is gone"; called from another thread."""
+    if watching is not None:
+        watching.advice = advice
 
 
 def is_main() -> bool:

@@ -16,7 +16,7 @@ from odjax_train import run_folder
 from odjax_train.checkpoints import Checkpoints, Restored
 from odjax_train.config import Config, load, parse
 from odjax_train.data import feed
-from odjax_train.distributed import as_main, is_main, same_everywhere, together
+from odjax_train.distributed import advise, as_main, is_main, same_everywhere, together
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
 from odjax_train.flags import TrainFlags
@@ -70,6 +70,7 @@ def start(
     together(lambda: run_folder.read(folder))  # all processes must see the same storage
     needed = int(_ROOM * _checkpoint_bytes(program))
     together(lambda: run_folder.require_space(folder, needed) if is_main() else None)
+    advise(lambda: _advice(folder))
 
     try:
         return _train(program, folder, data, details["parameters"], resuming, profile, stop, console)
@@ -77,6 +78,14 @@ def start(
         kept = Checkpoints.finished(folder / "checkpoints")
         last = f"the last good checkpoint is of step {max(kept)}" if kept else "there is no checkpoint yet"
         raise UserError(f"{folder}: {error.strerror or error}; {last}") from error
+
+
+def _advice(folder: Path) -> str:
+    """How to go on when the run ends now."""
+    kept = Checkpoints.finished(folder / "checkpoints")
+    if not kept:
+        return "there is no checkpoint yet, the same command begins again"
+    return f"the last checkpoint is of step {max(kept)}, the same command goes on from there"
 
 
 def _train(
@@ -99,6 +108,8 @@ def _train(
         checkpoints = _checkpoints(folder, experiment)
         opened.callback(checkpoints.close)
         recorder.say(_heading(program, folder, data, parameters))
+        for step in checkpoints.unfinished:
+            recorder.say(f"passing over the checkpoint of step {step}: it was not finished")
         restored = checkpoints.restore(program.state, warn=recorder.say) if resuming else None
         if restored is None:
             if experiment.start_from is not None:
