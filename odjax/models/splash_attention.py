@@ -259,7 +259,7 @@ def _lengthened(x: jax.Array, length: int, fill: int) -> jax.Array:
 
 
 def _fitted(block: Block, length: int, keys: int) -> Block:
-    """The largest multiples of 128 up to the sizes asked for that divide; for keys at once the nearest one."""
+    """The largest multiples of 128 up to the sizes asked for that divide; of the third the nearest."""
 
     def divisors(whole: int) -> list[int]:
         return [n for n in range(LANES, whole + 1, LANES) if whole % n == 0]
