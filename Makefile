@@ -19,7 +19,7 @@ compare: train  ## the same adaptation by LoRA and by full fine-tuning, in one r
 test: $(READY)  ## everything: lint, doctests, properties, sharding, resume
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 interop: $(READY)  ## exchange with PyTorch, PEFT and transformers, and real weights (installs them)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,interop]'

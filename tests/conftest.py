@@ -1,5 +1,6 @@
 """Strictness for every test: eight virtual devices, no silent promotion, warnings are errors."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -28,6 +29,14 @@ settings.register_profile(
     "odjax", deadline=None, derandomize=True, max_examples=15, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("odjax")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Lets go of a module's programs: each holds memory maps, of which a process may have 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
