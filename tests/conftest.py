@@ -32,9 +32,12 @@ settings.load_profile("odjax")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forgotten_programs():
+def forgotten_programs(request):
     """Lets go of a module's programs: each holds memory maps, of which a process may have 65,530."""
     yield
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
     jax.clear_caches()
     gc.collect()
 

@@ -206,7 +206,7 @@ def _schedules(folder: pathlib.Path, before: set[str]) -> dict[str, Schedule]:
             continue
         text = file.read_text(errors="replace")
         total = re.search(r"total scheduled bundles:\s+(\d+)", text)
-        if total and re.search(r'= \S+ custom-call\(.*custom_call_target="tpu_custom_call"', text):
+        if total and re.search(r'= .*? custom-call\(.*custom_call_target="tpu_custom_call"', text):
             stamp, kernel = re.fullmatch(
                 r"(\d+)-(.*)-\d+-schedule-analysis_final_bundles.txt", file.name
             ).groups()

@@ -152,17 +152,27 @@ def parse(text: str) -> Program:
       >>> flops(program)
       128
     """
-    computations: dict[str, list[Instruction]] = {}
+    computations: dict[str, list[list[str]]] = {}
     entry, current = "", None
     for line in text.splitlines():
         if line.endswith("{") and (head := _HEAD.match(line)):
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
+        elif line == "}":
+            current = None
         elif current is not None and (match := _LINE.match(line)):
-            current.append(_instruction(match[1], match[2]))
+            current.append([match[1], match[2]])
+        elif current:  # the metadata of a kernel may hold line breaks
+            current[-1][1] += "\n" + line
     if not entry:
         raise ValueError("the text holds no ENTRY computation: it is no compiled program")
-    return Program(entry, {name: tuple(instructions) for name, instructions in computations.items()})
+    return Program(
+        entry,
+        {
+            name: tuple(_instruction(name, rest) for name, rest in instructions)
+            for name, instructions in computations.items()
+        },
+    )
 
 
 def _closing(text: str, start: int) -> int:

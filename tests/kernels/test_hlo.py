@@ -70,9 +70,7 @@ def test_of_two_branches_the_one_with_more_counts():
     base=st.integers(1, 3),
     dilate=st.integers(1, 3),
 )
-def test_pairs_of_output_and_window_are_those_that_meet_an_input(
-    out, lhs, window, stride, pad, base, dilate
-):
+def test_pairs_of_output_and_window_are_those_that_meet_an_input(out, lhs, window, stride, pad, base, dilate):
     places = stride * np.arange(out)[:, None] + dilate * np.arange(window)[None] - pad
     meets = (places >= 0) & (places % base == 0) & (places // base < lhs)
     assert hlo._pairs(out, lhs, window, stride, pad, base, dilate) == meets.sum()
@@ -117,6 +115,17 @@ def test_layouts_with_tiles_and_memory_spaces_are_read():
     assert [shape.space for shape in start.shapes] == [0, 1, 2]
     assert (start.shapes[0].bytes, start.op_name, start.cycles) == (64, "jit(f)/a/b", 17)
     assert program.find("main", "d").operands == ("s",)
+
+
+def test_metadata_with_line_breaks_belongs_to_its_instruction():
+    text = (
+        "ENTRY %main (p: f32[4]) -> f32[4] {\n  %p = f32[4]{0} parameter(0)\n"
+        '  ROOT %c = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", metadata={"a\n'
+        'x = 1\n"}, backend_config={"estimated_cycles":"5"}\n}\n'
+    )
+    program = hlo.parse(text)
+    assert [i.name for i in program.computations["main"]] == ["p", "c"]
+    assert program.find("main", "c").cycles == 5
 
 
 def test_what_is_no_program_is_refused():
