@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-LIBTPU := $(CURDIR)/$(VENV)/libtpu/libtpu/libtpu.so
+LIBTPU := $(VENV)/libtpu
 JOBS ?= 2
 
 .PHONY: train compare test interop aot lint format report methods clean
@@ -17,17 +17,17 @@ compare: train  ## the same adaptation by LoRA and by full fine-tuning, in one r
 	$(BIN)/odjax train configs/lm_rac_lora.py --method full --run runs/lm_full
 	$(BIN)/odjax report runs/lm_rac_lora runs/lm_lora runs/lm_full --out runs/compare.html
 
-test: $(READY) $(LIBTPU)  ## everything: lint, doctests, properties, sharding, resume, ahead-of-time compiles
+test: $(READY) $(LIBTPU)/.ready  ## everything: lint, doctests, properties, sharding, resume, ahead-of-time compiles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	TPU_LIBRARY_PATH=$(LIBTPU) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder --max-worker-restart 0
+	TPU_LIBRARY_PATH=$(CURDIR)/$(LIBTPU)/libtpu/libtpu.so $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 interop: $(READY)  ## exchange with PyTorch, PEFT and transformers, and real weights (installs them)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,interop]'
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope tests/io tests/models/test_bert.py
 
-aot: $(READY) $(LIBTPU)  ## kernels compiled ahead of time for every kind of TPU
-	TPU_LIBRARY_PATH=$(LIBTPU) $(BIN)/python -m pytest -m '' tests/kernels/test_aot.py
+aot: $(READY) $(LIBTPU)/.ready  ## kernels compiled ahead of time for every kind of TPU
+	TPU_LIBRARY_PATH=$(CURDIR)/$(LIBTPU)/libtpu/libtpu.so $(BIN)/python -m pytest -m '' tests/kernels/test_aot.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -51,10 +51,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 # The TPU compiler lies beside the environment's packages and not among them: JAX would look for a TPU at every start.
-$(LIBTPU): constraints.txt
+$(LIBTPU)/.ready: constraints.txt $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
-	  --target $(VENV)/libtpu libtpu || echo "no TPU compiler for this machine: its tests are skipped"
-	@mkdir -p $(@D) && touch $@
+	  --target $(LIBTPU) --upgrade libtpu || echo "no TPU compiler for this machine: its tests are skipped"
+	@mkdir -p $(LIBTPU) && touch $@
 
 clean:  ## removes the environment; runs/ stays
 	rm -rf $(VENV)

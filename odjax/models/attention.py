@@ -6,12 +6,13 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from odjax.core import named
 from odjax.models.axes import constrain
 from odjax.models.blocked_attention import blocked_attention
-from odjax.models.dense import matrix_dot
+from odjax.models.dense import PROJECTION, matrix_dot
 from odjax.models.norms import RMSNorm
 from odjax.models.rotary import rotate
 from odjax.models.splash_attention import splash_attention
@@ -198,6 +199,7 @@ class Attention(nn.Module):
         if angles is not None:
             query = rotate(query, angles)
         query = constrain(query, "batch", "length", "act_heads", None)
+        query = checkpoint_name(query, PROJECTION)
 
         if source is not None and self.has_variable("cache", "key"):
             key, value = self.get_variable("cache", "key"), self.get_variable("cache", "value")
@@ -211,6 +213,7 @@ class Attention(nn.Module):
                 key = rotate(key, angles)
             key = constrain(key, "batch", "length", "act_kv_heads", None)
             value = constrain(value, "batch", "length", "act_kv_heads", None)
+            key, value = checkpoint_name(key, PROJECTION), checkpoint_name(value, PROJECTION)
             if self.cache_length is not None:
                 # The keys of a source never change: the first call keeps them whole.
                 key, value = (
@@ -223,7 +226,7 @@ class Attention(nn.Module):
             query, key, value, mask, causal=causal, implementation=self.implementation, segments=segments
         )
         y = constrain(y, "batch", "length", "act_heads", None)
-        return nn.DenseGeneral(
+        y = nn.DenseGeneral(
             x.shape[-1],
             axis=(-2, -1),
             use_bias=self.use_bias,
@@ -234,6 +237,7 @@ class Attention(nn.Module):
             bias_init=named(nn.initializers.zeros, "norm"),
             name="o",
         )(y)
+        return checkpoint_name(y, PROJECTION)
 
     def _project(self, name: str, heads: int, axis: str) -> nn.DenseGeneral:
         return nn.DenseGeneral(

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
+PROJECTION = "projection"  # what a layer's large products give, for a policy of `jax.checkpoint` to save
+
 Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
 

@@ -5,12 +5,13 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from odjax.core import named
 from odjax.models.attention import linear_init
 from odjax.models.axes import constrain
-from odjax.models.dense import matrix_dot
+from odjax.models.dense import PROJECTION, matrix_dot
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -89,7 +90,10 @@ class SwiGLU(nn.Module):
         """Maps `x` [B, T, width] to the same shape."""
         gate = _linear(self, "gate", self.mlp_width, ("embed", "mlp"), "mlp")(x)
         up = _linear(self, "up", self.mlp_width, ("embed", "mlp"), "mlp")(x)
+        gate, up = checkpoint_name(gate, PROJECTION), checkpoint_name(up, PROJECTION)
         h = constrain(jax.nn.silu(gate) * up, "batch", "length", "act_mlp")
+        # As an operand of the product below the TPU compiler would compute it once for every block of outputs.
+        h = jax.lax.optimization_barrier(h)
         return _linear(self, "down", x.shape[-1], ("mlp", "embed"), "norm")(h)
 
 
@@ -121,8 +125,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `x` [B, T, width] to the same shape."""
-        h = activation_named(self.activation)(_linear(self, "up", self.mlp_width, ("embed", "mlp"), "mlp")(x))
-        h = constrain(h, "batch", "length", "act_mlp")
+        up = checkpoint_name(_linear(self, "up", self.mlp_width, ("embed", "mlp"), "mlp")(x), PROJECTION)
+        h = constrain(activation_named(self.activation)(up), "batch", "length", "act_mlp")
         return _linear(self, "down", x.shape[-1], ("mlp", "embed"), "norm")(h)
 
 

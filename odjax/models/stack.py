@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from odjax.models.dense import PROJECTION
 from odjax.models.splash_attention import RESIDUALS
 
 NO_REMAT = "none"
@@ -24,8 +25,9 @@ def _with_attention(policy: Callable[..., Any]) -> Callable[..., Any]:
     return both
 
 
-# What is kept for the backward pass, from everything to nothing; the rest is computed again. "attention" is
-# "full" where attention is not "splash".
+# What is kept for the backward pass, from everything to nothing; the rest is computed again. "projections" are
+# queries, keys and values as attention takes them, its output, and the hidden units of the feed-forward layer
+# before their product: no large product runs twice. "attention" is "full" where attention is not "splash".
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     NO_REMAT: None,
     "dots": _with_attention(jax.checkpoint_policies.dots_saveable),
@@ -33,6 +35,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "offload": _with_attention(
         jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
     ),
+    "projections": jax.checkpoint_policies.save_only_these_names(RESIDUALS, PROJECTION),
     "attention": _attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -50,7 +53,7 @@ def check_remat(remat: str) -> None:
     Example:
         >>> check_remat("all")
         Traceback (most recent call last):
-        ValueError: remat must be one of none, dots, dots_no_batch, offload, attention, full, got 'all'
+        ValueError: remat must be one of none, dots, dots_no_batch, offload, projections, attention, full, got 'all'
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {remat!r}")

@@ -31,6 +31,11 @@ from odjax_train.mesh import (
 from odjax_train.tasks import Batch, Sums, add
 
 
+# Products whose weights are divided wait for all of them and run as one: the compiler's own choice, a loop that
+# multiplies the part of one neighbour at a time, takes up to 3.5 times the cycles by its estimates.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+
+
 class TrainState(NamedTuple):
     """What a run carries from step to step, and what a checkpoint holds.
 
@@ -146,6 +151,11 @@ def _averaged(experiment: Experiment, params: Any, ema: Any) -> Any:
     return combine(jax.tree.map(lambda e, p: e.astype(p.dtype), ema, free), frozen)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, int | str | bool]:
+    """What the compiler is told besides the program, by the kind of the mesh's devices."""
+    return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
+
+
 def build(experiment: Experiment, mesh: Mesh) -> Program:
     """Builds the functions of an experiment for a mesh.
 
@@ -178,6 +188,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
         shardings,
     )
     whole = replicated(mesh)
+    options = compiler_options(mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(experiment.rules):
         variables = {"params": state.params, **state.collections}
         laid_out = (shardings.params, shardings.collections)
@@ -191,17 +202,19 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
         state=state,
         shardings=shardings,
         batch=batch,
-        init=jax.jit(lambda: nn.unbox(init()), out_shardings=shardings),
+        init=jax.jit(lambda: nn.unbox(init()), out_shardings=shardings, compiler_options=options),
         step=jax.jit(
-            _step(experiment),
+            _step(experiment, shardings.params),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, whole),
             donate_argnums=0,
+            compiler_options=options,
         ),
         evaluate=jax.jit(
             _evaluate(experiment),
             in_shardings=(shardings.params, shardings.collections, rows),
             out_shardings=whole,
+            compiler_options=options,
         ),
         edits=tuple(
             (
@@ -211,6 +224,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
                     in_shardings=(shardings,),
                     out_shardings=shardings,
                     donate_argnums=0,
+                    compiler_options=options,
                 ),
             )
             for edit in experiment.edits
@@ -273,8 +287,11 @@ def _shardings(experiment: Experiment, boxed: TrainState, state: TrainState, mes
     )
 
 
-def _step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+def _step(
+    experiment: Experiment, layout: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     task, model, optimizer = experiment.task, experiment.model, experiment.optimizer
+    free_layout, _ = partition(layout, experiment.trainable)
 
     def gradient(free: Any, frozen: Any, collections: Any, batch: Batch, key: jax.Array) -> Any:
         """Gradient of the summed loss, with the sums; and the model's changed collections."""
@@ -284,7 +301,9 @@ def _step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainSt
             sums, changed = task.loss(model, variables, batch, key)
             return sums["loss"].total, (sums, {**collections, **changed})
 
-        return jax.grad(total, has_aux=True)(free)
+        grads, sums = jax.grad(total, has_aux=True)(free)
+        # Laid out like the parameters: what is summed up and squared from here on is a device's own part.
+        return jax.lax.with_sharding_constraint(grads, free_layout), sums
 
     def accumulated(free: Any, frozen: Any, collections: Any, batch: Batch, key: jax.Array) -> Any:
         # Row r goes to microbatch r % accumulate, so every device cuts up the rows it has already.

@@ -18,6 +18,7 @@ from odjax_kernels import hlo
 from odjax_kernels.hlo import HBM, Instruction, Program
 from odjax_train.plan.chips import Topology
 from odjax_train.plan.collectives import Collective, collective, kind_of
+from odjax_train.plan.kernels import attention_seconds
 
 HOST = 5  # the memory space of the host
 HOST_LINK = 8e9  # bytes a second of a chip to its host and back: PCIe, shared by the chips of a host
@@ -194,6 +195,8 @@ class _Player:
         found = []
         for o in body:
             if kind_of(o.opcode):
+                if i.called("calls")[0].startswith("all-reduce-scatter"):  # each device keeps its part alone
+                    o = o._replace(opcode="reduce-scatter")
                 piece = re.search(r'"flag_start":"(-?\d+)"', o.text)
                 whole = not (starts or stops) and (piece is None or piece[1] == "-1")
                 found.append((o.channel, o, starts or whole, stops or whole))
@@ -220,6 +223,9 @@ class _Player:
         kind = i.target or i.opcode
         if i.target == "tpu_custom_call" and i.name in self.kernels:
             return "kernels", self.kernels[i.name] / self.chip.clock
+        attention = attention_seconds(i, shapes, self.chip) if i.target == "tpu_custom_call" else None
+        if attention is not None:
+            return "kernels", attention
         touched = i.shapes + tuple(s for o in i.operands if o in shapes for s in shapes[o].shapes)
         seconds = sum(shape.bytes for shape in touched if shape.space == HBM) / self.chip.bandwidth
         if (
