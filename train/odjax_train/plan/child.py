@@ -4,10 +4,12 @@ It is a process of its own because the compiler may end the one it runs in.
 """
 
 import dataclasses
+import functools
 import json
+import re
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from odjax_train.plan.parts import Part, Traffic
 from odjax_train.plan.schedule import play
 from odjax_train.program import Program, build
 
+KERNEL = "tpu_custom_call"
+
 
 def devices(topology: Topology) -> list[jax.Device]:
     """The devices to compile for; of a TPU descriptions, of GPUs virtual CPU devices in their place."""
@@ -45,14 +49,14 @@ def devices(topology: Topology) -> list[jax.Device]:
     return jax.devices()
 
 
-def lowerings(program: Program) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """The functions of a program by name, each as what lowers it."""
+def functions(program: Program) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """The functions of a program by name, each with the shapes it is called with."""
     state = program.state
     return {
-        "init": lambda: program.init.lower(),
-        "step": lambda: program.step.lower(state, program.batch),
-        "evaluate": lambda: program.evaluate.lower(state.params, state.collections, program.batch),
-        **{edit.name: lambda apply=apply: apply.lower(state) for edit, apply in program.edits},
+        "init": (program.init, ()),
+        "step": (program.step, (state, program.batch)),
+        "evaluate": (program.evaluate, (state.params, state.collections, program.batch)),
+        **{edit.name: (apply, (state,)) for edit, apply in program.edits},
     }
 
 
@@ -82,6 +86,7 @@ def report(
         temporaries=memory.temp_size_in_bytes,
         flops=hlo.flops(parsed),
         model_flops=needed,
+        kernels=dict(Counter(i.name.split(".")[0] for _, i, _ in hlo.walk(parsed) if i.target == KERNEL)),
         largest=largest(parsed),
     )
     if topology.kind == "tpu":
@@ -102,6 +107,13 @@ def report(
         "collectives": sum(each.seconds for each in part.traffic),
     }
     return dataclasses.replace(part, use=use, seconds=sum(use.values()))
+
+
+def cuda_calls(function: Callable[..., Any], arguments: tuple[Any, ...], program: Program) -> dict[str, int]:
+    """What a function calls outside of XLA when it is lowered for CUDA; lowering needs no GPU."""
+    with program.context():
+        text = jax.export.export(function, platforms=["cuda"])(*arguments).mlir_module()
+    return dict(Counter(re.findall(r"custom_call @([\w$.]+)", text)))
 
 
 def summed(collectives: tuple[tuple[Collective, float], ...]) -> tuple[Traffic, ...]:
@@ -141,7 +153,7 @@ def answers(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     program = build(experiment, mesh)
     step, evaluation = model_flops(experiment, program.state, program.batch)
     needed = {"step": step / mesh.size, "evaluate": evaluation / mesh.size}
-    lowered = lowerings(program)
+    compiled = functions(program)
     for name in request["parts"]:
         print(f"begin {name}", file=sys.stderr, flush=True)
         if name == "head":
@@ -153,12 +165,16 @@ def answers(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 "tokens": tokens(program),
                 "memory": memory,
                 "largest": [buffer._asdict() for buffer in biggest],
-                "parts": list(lowered),
+                "parts": list(compiled),
             }
             yield name, head
             continue
+        function, arguments = compiled[name]
+        lower = functools.partial(function.lower, *arguments)
         try:
-            part = report(name, lowered[name], program, topology, needed.get(name, 0.0))
+            part = report(name, lower, program, topology, needed.get(name, 0.0))
+            if topology.kind == "gpu":
+                part = dataclasses.replace(part, kernels=cuda_calls(function, arguments, program))
         except Exception as error:  # what the compiler says, whatever it raises
             part = Part(name=name, error=" ".join(f"{type(error).__name__}: {error}".split())[:4000])
         yield name, part_record(part)
@@ -217,8 +233,11 @@ def main(text: str) -> None:
     try:
         for name, record in facts(request) if "meshes" in request else answers(request):
             print(json.dumps({"name": name, "record": record}), flush=True)
-    except (UserError, ValueError) as error:
-        print(json.dumps({"name": "mistake", "record": {"error": str(error)}}), flush=True)
+    except Exception as error:  # whatever the configuration raises
+        said = " ".join(str(error).split())
+        if not isinstance(error, (UserError, ValueError)):
+            said = f"{type(error).__name__}: {said}"
+        print(json.dumps({"name": "mistake", "record": {"error": said}}), flush=True)
 
 
 if __name__ == "__main__":

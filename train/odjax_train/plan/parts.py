@@ -59,6 +59,7 @@ class Part:
         use: where the time goes: name -> seconds.
         traffic: collectives.
         guessed: kind of operation without an estimate of the compiler -> seconds by its bytes.
+        kernels: Pallas kernels and libraries that the program calls: name -> calls in its text.
         unknown_loops: loops that count once, because the program does not say how often they run.
         largest: the largest arrays that are made.
     """
@@ -77,6 +78,7 @@ class Part:
     use: dict[str, float] = dataclasses.field(default_factory=dict)
     traffic: tuple[Traffic, ...] = ()
     guessed: dict[str, float] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
     largest: tuple[Buffer, ...] = ()
 

@@ -29,7 +29,7 @@ from odjax_train.plan.planner import ask, ask_facts, versions
 TENSOR = 16  # parts of the tensor axis that are tried at most
 MICROBATCHES = (1, 2, 4, 8, 16)
 SLACK = 1.5  # an estimate of memory above the chip's by more than that is not compiled
-KERNELS = {"tpu": ("splash",), "gpu": ("cudnn",), "here": ()}
+KERNELS = {"tpu": ("splash",), "gpu": (), "here": ("cudnn",)}  # cuDNN is looked for when it is traced
 
 
 class Candidate(NamedTuple):

@@ -25,6 +25,9 @@ def render(plan: Plan) -> Group:
     pieces = [head, _memory(plan), _parts(plan)]
     if any(part.traffic for part in plan.parts):
         pieces.append(_traffic(plan))
+    kernels = [f"{name} x {n} in {part.name}" for part in plan.parts for name, n in part.kernels.items()]
+    if kernels:
+        pieces.append(Text(f"kernels: {', '.join(kernels)}"))
     for part in plan.parts:
         if part.error:
             pieces.append(Text(f"{part.name}: {problem(part)}", style="bold red"))
