@@ -49,7 +49,7 @@ class Watch:
         self._found = threading.Event()  # another process has ended before its time
         self._alone = threading.Event()  # all other processes have
         threading.Thread(target=self._listen, daemon=True).start()
-        self._abort = _on_abort(self._aborted)
+        self._aborts = _Aborts(self._aborted)
 
     def pause(self) -> None:
         """Returns when no other process can be the cause of an error here; else the listener ends this."""
@@ -76,9 +76,13 @@ class Watch:
 
     def leave(self) -> None:
         """Waits until all processes are done, and stops listening."""
-        jax.distributed.shutdown()
+        try:
+            jax.distributed.shutdown()
+        except RuntimeError:
+            self.pause()
+            raise
         self._send(0, "")
-        _on_abort(None)
+        self._aborts.ignore()
 
     def _send(self, status: int, text: str) -> None:
         for connection in self._connections.values():
@@ -109,7 +113,7 @@ class Watch:
 
     def _gone(self, number: int) -> str:
         which = f"process {number} of {self._processes}"
-        return f"{which} is gone (killed, crashed, or its machine is down)"
+        return f"{which} is gone (killed, crashed, or its machine cannot be reached)"
 
     def _ends(self, status: int, text: str) -> bool:
         """Tells everybody, unless this process is ending by itself."""
@@ -237,15 +241,23 @@ def _wait_for_the_end() -> NoReturn:
         time.sleep(60)
 
 
-def _on_abort(action: Callable[[], None] | None) -> object:
-    """Does something when C++ code aborts this process, before it ends; to be kept alive.
+class _Aborts:
+    """Does something when C++ code aborts this process, before it ends.
 
     A handler of Python's `signal` would never run: the thread that aborts does not come back to Python.
     """
-    libc = ctypes.CDLL(None)
-    if action is None:
-        libc.signal(ctypes.c_int(signal.SIGABRT), None)
-        return None
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: action())
-    libc.signal(ctypes.c_int(signal.SIGABRT), handler)
-    return handler
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        def handle(number: int) -> None:
+            action()
+            self.ignore()
+            signal.raise_signal(signal.SIGABRT)  # comes when this handler returns, to the one before it
+
+        self._set = ctypes.CDLL(None).signal
+        self._set.argtypes, self._set.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+        self._before = self._set(signal.SIGABRT, ctypes.cast(self._handler, ctypes.c_void_p))
+
+    def ignore(self) -> None:
+        """Leaves them to the handler that was there before."""
+        self._set(signal.SIGABRT, self._before)
