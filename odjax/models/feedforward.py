@@ -92,7 +92,7 @@ class SwiGLU(nn.Module):
         up = _linear(self, "up", self.mlp_width, ("embed", "mlp"), "mlp")(x)
         gate, up = checkpoint_name(gate, PROJECTION), checkpoint_name(up, PROJECTION)
         h = constrain(jax.nn.silu(gate) * up, "batch", "length", "act_mlp")
-        # As an operand of the product below the TPU compiler would compute it once for every block of outputs.
+        # Inside the product below the TPU compiler would compute it anew for every block of outputs.
         h = jax.lax.optimization_barrier(h)
         return _linear(self, "down", x.shape[-1], ("mlp", "embed"), "norm")(h)
 

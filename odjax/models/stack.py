@@ -25,9 +25,10 @@ def _with_attention(policy: Callable[..., Any]) -> Callable[..., Any]:
     return both
 
 
-# What is kept for the backward pass, from everything to nothing; the rest is computed again. "projections" are
-# queries, keys and values as attention takes them, its output, and the hidden units of the feed-forward layer
-# before their product: no large product runs twice. "attention" is "full" where attention is not "splash".
+# What is kept for the backward pass, from everything to nothing; the rest runs again. "projections" are
+# queries, keys and values as attention takes them, its output, and what the first products of a feed-forward
+# layer give: no large product runs twice, what is elementwise does. "attention" is "full" where attention is
+# not "splash".
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     NO_REMAT: None,
     "dots": _with_attention(jax.checkpoint_policies.dots_saveable),
@@ -51,9 +52,9 @@ def check_remat(remat: str) -> None:
         ValueError: naming the choices.
 
     Example:
-        >>> check_remat("all")
+        >>> check_remat("all")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: remat must be one of none, dots, dots_no_batch, offload, projections, attention, full, got 'all'
+        ValueError: remat must be one of none, dots, dots_no_batch, offload, projections, ..., got 'all'
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {remat!r}")

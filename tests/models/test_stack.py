@@ -111,7 +111,7 @@ def test_offload_moves_what_it_keeps_to_the_host():
     ids=["decoder", "vit", "encoder_decoder"],
 )
 def test_an_unknown_policy_names_the_known_ones(make):
-    with pytest.raises(ValueError, match="none, dots, dots_no_batch, offload, attention, full, got 'some'"):
+    with pytest.raises(ValueError, match="none, dots, dots_no_batch, offload, projections, attention, full, got 'some'"):
         make("some")
 
 

@@ -226,8 +226,7 @@ class _Player:
         attention = attention_seconds(i, shapes, self.chip) if i.target == "tpu_custom_call" else None
         if attention is not None:
             return "kernels", attention
-        touched = i.shapes + tuple(s for o in i.operands if o in shapes for s in shapes[o].shapes)
-        seconds = sum(shape.bytes for shape in touched if shape.space == HBM) / self.chip.bandwidth
+        seconds = self._touched(i, shapes) / self.chip.bandwidth
         if (
             i.opcode == "sort"
         ):  # a network of comparisons: a pass for each of log2(n) (log2(n) + 1) / 2 rounds
@@ -236,6 +235,26 @@ class _Player:
         if seconds:
             self.guessed[name][kind] = self.guessed[name].get(kind, 0.0) + seconds
         return "modelled", seconds
+
+    def _touched(self, i: Instruction, shapes: Mapping[str, Instruction]) -> int:
+        """Bytes of the main memory that an instruction reads and writes.
+
+        A fusion that starts or ends a transfer, or renames an array, touches none; of an array that a fusion
+        slices it reads the slice.
+        """
+        body = self._body(i)
+        if body and all(o.opcode in FREE or o.target in FREE_CALLS or kind_of(o.opcode) for o in body):
+            return 0
+        sizes = [
+            sum(s.bytes for s in shapes[o].shapes if s.space == HBM) if o in shapes else 0 for o in i.operands
+        ]
+        for o in body:
+            if o.opcode == "parameter":
+                users = [user for user in body if o.name in user.operands]
+                if users and all(user.opcode in ("dynamic-slice", "slice") for user in users):
+                    number = int(re.match(r"value=(\d+)", o.text)[1])
+                    sizes[number] = min(sizes[number], sum(user.bytes for user in users))
+        return sum(sizes) + sum(shape.bytes for shape in i.shapes if shape.space == HBM)
 
     def found(self, name: str, times: float = 1.0) -> list[tuple[Collective, float]]:
         """The collectives that a computation runs, with how often."""
