@@ -30,9 +30,8 @@ from odjax_train.mesh import (
 )
 from odjax_train.tasks import Batch, Sums, add
 
-
-# Products whose weights are divided wait for all of them and run as one: the compiler's own choice, a loop that
-# multiplies the part of one neighbour at a time, takes up to 3.5 times the cycles by its estimates.
+# A product whose weight is divided waits for all of it: the compiler's own choice, a loop that multiplies the
+# part of a neighbour at a time, takes up to 3.5 times the cycles by its own estimates.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
 
