@@ -27,7 +27,7 @@ def experiment(
     steps: int = 10_000,
     batch: int = 512,
     length: int = 256,
-    preset: Literal["60m", "130m", "350m", "1b", "7b"] = "60m",
+    preset: Literal["60m", "130m", "350m", "1b", "7b", "70b"] = "60m",
     learning_rate: float = 3e-3,
     warmup: int = 1000,
     sparsity: float = 0.7,

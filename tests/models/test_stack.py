@@ -93,6 +93,18 @@ def test_full_rematerialization_keeps_one_activation_a_layer(params, tokens):
     assert residuals("full") < residuals("dots") < residuals("none")
 
 
+def test_no_product_of_a_projection_runs_twice_where_they_are_kept(params, tokens):
+    def products(remat):
+        model = Decoder(**SIZES, remat=remat)
+        return str(
+            jax.make_jaxpr(jax.grad(lambda p: model.apply({"params": p}, tokens).sum()))(params)
+        ).count("dot_general[")
+
+    # Attention's own two do: queries with keys, and weights with values.
+    assert products("projections") == products("none") + 2
+    assert products("full") > products("projections") + 5
+
+
 def test_offload_moves_what_it_keeps_to_the_host():
     model = Decoder(**SIZES, remat="offload")
     tokens = jnp.zeros((2, 6), jnp.int32)
@@ -111,7 +123,9 @@ def test_offload_moves_what_it_keeps_to_the_host():
     ids=["decoder", "vit", "encoder_decoder"],
 )
 def test_an_unknown_policy_names_the_known_ones(make):
-    with pytest.raises(ValueError, match="none, dots, dots_no_batch, offload, projections, attention, full, got 'some'"):
+    with pytest.raises(
+        ValueError, match="none, dots, dots_no_batch, offload, projections, attention, full, got 'some'"
+    ):
         make("some")
 
 
