@@ -124,15 +124,21 @@ class Watch:
             time.sleep(1)  # what is wrong there may be wrong here: this process has its own line about it
         if not self._ending.acquire(blocking=False):
             return False
-        _say(f"{text}; {self.advice()}" if status == INTERRUPTED else text)
+        _say(self._advised(text) if status == INTERRUPTED else text)
         return True
+
+    def _advised(self, text: str) -> str:
+        try:
+            return f"{text}; {self.advice()}"
+        except OSError as error:
+            return f"{text}; {error}"
 
     def _aborted(self) -> None:
         """JAX aborts a process when process 0 is gone, or when one that is there does not answer."""
         self.pause()
         self.take_over()
         which = f"process {self._process} of {self._processes}"
-        _say(f"{which} was aborted, the lines above say why; {self.advice()}")
+        _say(self._advised(f"{which} was aborted, the lines above say why"))
 
 
 def begin(coordinator: str | None) -> Watch | None:
