@@ -43,7 +43,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=1, help="how often all rows run")
     parser.add_argument("--only", nargs="+", default=[""], metavar="ROW", help="rows whose name holds one")
     parser.add_argument("--seconds", type=float, default=280, help="after which no more rows begin")
-    parser.add_argument("--row-seconds", type=float, default=150, help="after which a row is given up")
+    parser.add_argument("--row-seconds", type=float, default=200, help="after which a row is given up")
     parser.add_argument("--json", help="file for all figures, written after every row")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for part in args.only:
+        if not any(part in name for name in ROWS):
+            parser.error(f"--only {part}: no row has it in its name; there are {', '.join(ROWS)}")
+    return args
 
 
 def setting_of(args: argparse.Namespace, cache: str = "") -> Setting:
@@ -335,8 +339,14 @@ def remarks(found: dict[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
     return failed, noted
 
 
-def headline(device: dict[str, Any], setting: Setting) -> list[str]:
-    """Lines on the device and on the model."""
+def versions_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What the rows were run with, each once."""
+    each = [version for row in rows for version in row.get("versions", "").split(", ") if version]
+    return list(dict.fromkeys(each))
+
+
+def headline(device: dict[str, Any], found: dict[str, dict[str, Any]], setting: Setting) -> list[str]:
+    """Lines on the device, the libraries and the model."""
     from odjax.models import Decoder
     from odjax.models.decoder import parameter_count
 
@@ -349,7 +359,8 @@ def headline(device: dict[str, Any], setting: Setting) -> list[str]:
             f"{device['copy_bytes'] / 1e9:.3g} GB/s in a copy"
         )
         known = f" (data sheet: {peak / 1e12:.0f} TFLOP/s)" if peak else " (no data sheet: no MFU)"
-        lines += [f"{device['kind']}{limit}: {rates}{known}", device["versions"]]
+        lines.append(f"{device['kind']}{limit}: {rates}{known}")
+    lines.append(", ".join(versions_of([device, *found.values()])))
     size = parameter_count(Decoder(**setting.sizes))
     lines.append(
         f"decoder {setting.preset}, {size / 1e6:,.1f} M parameters, {setting.batch} x {setting.length} "
@@ -378,7 +389,11 @@ def main() -> int:
         print(f"{error}: pip install 'jax[cuda13]' flax optax", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as cache:
-        setting = setting_of(args, cache if args.repeat > 1 else "")
+        try:
+            setting = setting_of(args, cache if args.repeat > 1 else "")
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 1
         device = started("device", setting, None, args.row_seconds, before)
         say(f"device: {device.get('kind') or device.get('error')}")
         on_gpu = device["platform"] == "gpu" if "platform" in device else None
@@ -411,7 +426,7 @@ def main() -> int:
         failed.insert(0, f"device: {device['error']}")
     print()
     rows = table(device, found, setting)
-    shown = [*headline(device, setting), ""]
+    shown = [*headline(device, found, setting), ""]
     shown += [*lines_of(rows, markdown=args.markdown), ""] if len(rows) > 1 else []
     shown += noted + [f"FAILED {line}" for line in failed]
     print("\n".join(shown))

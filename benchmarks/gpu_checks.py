@@ -26,7 +26,7 @@ from odjax_kernels.link_scores import link_scores_reference
 from odjax_kernels.masked_gradient import masked_weight_gradient
 from odjax_kernels.threshold import gumbel_threshold_mask_reference, threefry_2x32
 
-TINY = {"preset": "tiny", "max_length": 64}
+TINY = {"preset": "tiny", "width": 128, "max_length": 64}
 
 
 def on_cpu(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -133,7 +133,7 @@ def half_precision() -> str:
 def density_after_changes() -> str:
     """Links of CHTss at the start, and exactly those of the plan after the last change."""
     sizes = {
-        "vocab": 256, "layers": 2, "width": 96, "heads": 4, "kv_heads": 2, "mlp_width": 256, "tied": True
+        "vocab": 256, "layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp_width": 256, "tied": True
     }  # fmt: skip
     setting = Setting("tiny", sizes, 2, 64, 4, 0.7, 1, 1, "none")
     made = job("chtss", None, setting, jnp.float32)
@@ -314,7 +314,7 @@ def same_as_torch(kind: str) -> str:
     optimizer = optax.adamw(LEARNING_RATE, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
     params = on_cpu(lambda: nn.unbox(model.init(jax.random.key(0), jnp.asarray(inputs))["params"]))
     moments = optimizer.init(params)
-    theirs = Decoder(Sizes(256, 2, 96, 4, 2, 256, tied=True), 64)
+    theirs = Decoder(Sizes(256, 2, 128, 4, 2, 256, tied=True), 64)
     load(theirs, jax.tree.map(np.array, unstack_layers(params)))
     theirs = theirs.to(kind)
     torch_optimizer = adamw(theirs.parameters(), LEARNING_RATE, B1, B2, EPS, DECAY)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -10,13 +11,17 @@ from gpu_row import B1, B2, DECAY, EPS, FACTOR_RATE, LEARNING_RATE, Setting, los
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_decoder import Decoder, Sizes, adamw, llama, loss_of, with_lora
 
+NEEDED = {
+    "full": ("torch",),
+    "peft": ("torch", "peft", "transformers"),
+    "llama": ("torch", "peft", "transformers"),
+}
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
 def left_out(method: str, *, on_gpu: bool) -> str:
     """Why a row cannot run here; "" if it can."""
-    needed = {"full": (), "peft": ("peft",), "llama": ("peft", "transformers")}[method]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED[method] if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
     return "PyTorch sees no GPU" if on_gpu and not torch.cuda.is_available() else ""
@@ -66,5 +71,5 @@ def measured(method: str, setting: Setting, *, compiled: bool, on_gpu: bool) -> 
         # Nothing is compiled ahead: it is what the first step took longer.
         "compile_seconds": max(0.0, found.first - min(found.steps)),
         "problems": loss_problems(found.losses, sizes.vocab),
-        "versions": f"torch {torch.__version__}",
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in NEEDED[method]),
     }
