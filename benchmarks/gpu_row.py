@@ -10,6 +10,27 @@ CHECKED_STEPS = 8
 LEARNING_RATE, B1, B2, EPS, DECAY = 1e-4, 0.9, 0.95, 1e-8, 0.1
 FACTOR_RATE = 1e-3
 
+# Row -> the rows of PyTorch that do the same.
+ROWS: dict[str, tuple[str, ...]] = {
+    "checks-methods": (),
+    "checks-sparse": (),
+    "checks-kernels": (),
+    "checks-torch": (),
+    "full-cudnn": ("torch-full", "torch-full-compiled"),
+    "torch-full": (),
+    "lora-cudnn": ("torch-peft", "torch-peft-compiled"),
+    "torch-peft": (),
+    "rac-cudnn": ("torch-peft", "torch-peft-compiled"),
+    "chtss-cudnn": ("torch-full", "torch-full-compiled"),
+    "full-plain": ("torch-full", "torch-full-compiled"),
+    "torch-full-compiled": (),
+    "torch-peft-compiled": (),
+    "lora-plain": ("torch-peft", "torch-peft-compiled"),
+    "torch-llama-peft": (),
+    "rac-plain": ("torch-peft", "torch-peft-compiled"),
+    "chtss-plain": ("torch-full", "torch-full-compiled"),
+}
+
 
 class Setting(NamedTuple):
     """Of all rows of a table.

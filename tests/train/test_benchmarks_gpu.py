@@ -25,6 +25,13 @@ def gpu(monkeypatch) -> types.ModuleType:
 
 
 @pytest.fixture
+def tables(gpu) -> types.ModuleType:
+    import gpu_table
+
+    return gpu_table
+
+
+@pytest.fixture
 def setting(gpu, monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu.py", "--preset", "tiny", "--layers", "1"])
     args = gpu.arguments()
@@ -33,7 +40,7 @@ def setting(gpu, monkeypatch):
     return gpu.setting_of(args)
 
 
-def test_rows_are_checked_and_timed_on_a_cpu_and_stand_in_the_table(gpu, setting):
+def test_rows_are_checked_and_timed_on_a_cpu_and_stand_in_the_table(gpu, tables, setting):
     names = ("full-cudnn", "full-plain", "rac-plain")
     with jax.numpy_dtype_promotion("standard"):  # optax mixes them
         found = {name: gpu.run_row(name, setting, on_gpu=False) for name in names}
@@ -43,34 +50,36 @@ def test_rows_are_checked_and_timed_on_a_cpu_and_stand_in_the_table(gpu, setting
         assert not row["problems"]
         assert len(row["steps"]) == setting.rounds
         assert row["losses"][-1] < row["losses"][0]
-    head, full, rac, restart = gpu.table(H100, found, setting)
+    head, full, rac, restart = tables.table(H100, found, setting)
     assert [full[0], rac[0], restart[0]] == ["full-plain", "rac-plain", "  its restart"]
     assert full[head.index("MFU")].endswith("%")
-    assert gpu.remarks(found) == ([], ["full-cudnn: left out, needs a GPU"])
+    assert tables.remarks(found) == ([], ["full-cudnn: left out, needs a GPU"])
 
 
-def test_frozen_weights_save_a_third_of_their_products(gpu, setting):
-    full, lora = (gpu.flops_of(name, setting) for name in ("full-cudnn", "lora-cudnn"))
-    attention = full - gpu.flops_of("full-cudnn", setting._replace(length=0))
+def test_frozen_weights_save_a_third_of_their_products(tables, setting):
+    full, lora = (tables.flops_of(name, setting) for name in ("full-cudnn", "lora-cudnn"))
+    attention = full - tables.flops_of("full-cudnn", setting._replace(length=0))
     assert lora - attention == (full - attention) * 2 // 3
-    assert gpu.flops_of("torch-llama-peft", setting) == lora
+    assert tables.flops_of("torch-llama-peft", setting) == lora
 
 
-def test_ratios_are_those_of_the_medians_and_repeats_are_taken_together(gpu, setting):
+def test_ratios_are_those_of_the_medians_and_repeats_are_taken_together(tables, setting):
     row = {"edits": [], "peak": 5, "edit_peak": 5, "compile_seconds": 1.0, "problems": []}
-    ours = gpu.merged({**row, "steps": [0.1, 0.3]}, {**row, "steps": [0.2], "peak": 7})
+    ours = tables.merged({**row, "steps": [0.1, 0.3]}, {**row, "steps": [0.2], "peak": 7})
     assert (ours["steps"], ours["peak"]) == ([0.1, 0.3, 0.2], 7)
-    lines = gpu.table(H100, {"full-cudnn": ours, "torch-full": {**row, "steps": [0.3]}}, setting)
+    lines = tables.table(H100, {"full-cudnn": ours, "torch-full": {**row, "steps": [0.3]}}, setting)
     assert lines[1][1:4] == ["200.0 (150.0 to 250.0)", "1.50", ""]
-    assert gpu.lines_of(lines, markdown=True)[2].startswith("| full-cudnn | 200.0 (150.0 to 250.0) | 1.50 |")
+    assert tables.lines_of(lines, markdown=True)[2].startswith(
+        "| full-cudnn | 200.0 (150.0 to 250.0) | 1.50 |"
+    )
 
 
-def test_what_failed_is_told_apart_from_what_was_left_out(gpu):
+def test_what_failed_is_told_apart_from_what_was_left_out(tables):
     checks = [
         {"name": "a", "holds": True, "figures": "equal"},
         {"name": "b", "holds": False, "figures": "no"},
     ]
-    failed, noted = gpu.remarks(
+    failed, noted = tables.remarks(
         {"checks-sparse": {"checks": checks}, "lora-cudnn": {"error": "out of memory"}}
     )
     assert failed == ["b: no", "lora-cudnn: out of memory"]
@@ -90,5 +99,5 @@ def test_what_failed_is_told_apart_from_what_was_left_out(gpu):
         ("cpu", None),
     ],
 )
-def test_only_known_devices_have_a_data_sheet(gpu, kind, peak):
-    assert gpu.peak_of(kind) == peak
+def test_only_known_devices_have_a_data_sheet(tables, kind, peak):
+    assert tables.peak_of(kind) == peak
