@@ -15,8 +15,8 @@ from odjax_train import cli, report
 from odjax_train import config as configs
 from odjax_train.errors import UserError
 from odjax_train.flags import PlanFlags
-from odjax_train.plan import child, measure, planner, search
-from odjax_train.plan.chips import parse_topology
+from odjax_train.plan import child, measure, model, planner, search
+from odjax_train.plan.chips import TPUS, parse_topology
 from odjax_train.plan.flops import model_flops, plain
 from odjax_train.plan.memory import saved_bytes, state_memory
 from odjax_train.plan.parts import Part, Plan, from_json, to_json
@@ -96,10 +96,10 @@ def test_the_memory_of_the_state_is_what_a_device_holds(config_file, program_of,
 def test_operations_of_a_decoder_are_those_of_the_closed_form(config_file, program_of):
     program = program_of(parsed(config_file).experiment(), 1, 1, 1)
     step, evaluation = model_flops(program.experiment, program.state, program.batch)
-    model = decoder("tiny", max_length=64)
+    tiny = decoder("tiny", max_length=64)
     tokens = 8 * 64
-    assert step == tokens * flops_per_token(model, 64)
-    assert evaluation == tokens * flops_per_token(model, 64, training=False)
+    assert step == tokens * flops_per_token(tiny, 64)
+    assert evaluation == tokens * flops_per_token(tiny, 64, training=False)
 
 
 def test_frozen_weights_have_no_gradient_to_compute(config_file, program_of):
@@ -244,7 +244,15 @@ def test_a_search_compiles_the_promising_ones_and_goes_on_where_it_was(config_fi
 
     def facts(config, topology, meshes, settings, *, timeout):
         return [{"state": 100, "gradient": 10}] * len(meshes), [
-            {"flops": 10**9, "saved": 100, "largest": 10, "weights": 1000, "trained": 10, "stream": 10}
+            {
+                "flops": 10**9,
+                "saved": 100,
+                "largest": 10,
+                "weights": 1000,
+                "trained": 10,
+                "tokens": 512,
+                "stream": 10,
+            }
         ] * len(settings)
 
     def ask(config, topology, mesh, *, flags, parts, timeout):
@@ -268,6 +276,26 @@ def test_a_search_compiles_the_promising_ones_and_goes_on_where_it_was(config_fi
     again = search.search(config, topology, compiles=5, timeout=1.0, cache=tmp_path)
     assert len(asked) == 5
     assert {each.candidate for each in tried} < {each.candidate for each in again}
+
+
+def test_the_model_of_a_step_knows_what_costs():
+    place = model.OnMesh(state=2**30, gradient=2**28)
+    flags = model.Setting(
+        flops=10**15, saved=2**36, largest=2**30, weights=10**9, trained=10**9, tokens=2**20, stream=2**30
+    )
+    topology = parse_topology("v5e-16")
+
+    def of(mesh=(1, 16, 1), accumulate=1, **changes):
+        return model.expected(place, flags._replace(**changes), mesh, accumulate, topology)
+
+    peak, seconds = of()
+    assert peak == 2**30 + 2**28 + (2**36 + 2**31) / 16
+    assert seconds >= 10**15 / 16 / TPUS["v5e"].flops
+    assert of(accumulate=4)[0] < peak
+    assert of(accumulate=4)[1] >= seconds
+    assert of(flops=4 * 10**15 // 3)[1] > seconds  # what is computed again
+    assert of(tokens=2**10)[1] > seconds  # 64 rows a chip
+    assert of(mesh=(1, 1, 16), stream=2**36)[1] > seconds  # the residual stream crosses the links
 
 
 def test_what_is_faster_or_smaller_than_everything_else_is_on_the_front():

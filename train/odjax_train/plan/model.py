@@ -39,6 +39,7 @@ class Setting(NamedTuple):
         largest: bytes of the largest array that is kept.
         weights: numbers in all parameters.
         trained: numbers in those that are trained.
+        tokens: rows of the products: tokens of a step, or examples.
         stream: bytes that cross the tensor axis in a step: the inputs of all layers, twice.
     """
 
@@ -47,6 +48,7 @@ class Setting(NamedTuple):
     largest: int
     weights: int
     trained: int
+    tokens: int
     stream: int
 
 
@@ -73,6 +75,7 @@ def setting(experiment: Experiment, program: Program) -> Setting:
         largest=largest,
         weights=_elements(params),
         trained=_elements(free),
+        tokens=tokens,
         stream=2 * 2 * tokens * layers * width,
     )
 
@@ -83,9 +86,9 @@ def expected(
     """Bytes and seconds of a step on one device.
 
     Memory: state, gradient, what a microbatch keeps, and the largest of that twice more. Time: the products
-    at 0.6 of the peak rate; in bfloat16, gathers of the parameters over fsdp for both passes of each
-    microbatch and sums of the gradients; along the tensor axis the residual stream. 0.7 of the transfers run
-    beside the products.
+    at 0.6 of the peak rate, less where a device has few rows; in bfloat16, gathers of the parameters over fsdp
+    for both passes of each microbatch and sums of the gradients; along the tensor axis the residual stream.
+    0.7 of the transfers run beside the products.
 
     Args:
         place: what the mesh decides.
@@ -100,7 +103,9 @@ def expected(
     if topology.chip is None:
         return peak, float(flags.flops)
     chip = topology.chip
-    seconds = flags.flops / math.prod(mesh) / (EFFICIENCY * chip.flops)
+    # A product with fewer rows than operations fit between two bytes of a weight waits for the weight.
+    intensity = flags.tokens / (rows * accumulate) * chip.bandwidth / chip.flops
+    seconds = flags.flops / math.prod(mesh) / (EFFICIENCY * chip.flops * min(1.0, intensity))
     bandwidth = chip.link * max(1, 2 * chip.dimensions)
     gathered = 2 * flags.weights / tensor * (fsdp - 1) / fsdp * 2 * accumulate
     reduced = 2 * flags.trained / tensor * ((fsdp - 1) / fsdp * accumulate + 2 * (data - 1) / data / fsdp)

@@ -195,7 +195,9 @@ def promising(known: dict[Candidate, Estimate], topology: Topology) -> Iterator[
     limit = topology.chip.memory * SLACK if topology.chip else float("inf")
     fitting = {candidate: each for candidate, each in known.items() if each.bytes <= limit}
     if fitting:
-        yield from sorted(fitting.items(), key=lambda pair: (pair[1].seconds, pair[1].bytes))
+        yield from sorted(
+            fitting.items(), key=lambda pair: (pair[1].seconds, pair[0].accumulate, pair[1].bytes)
+        )
     else:
         yield from sorted(known.items(), key=lambda pair: pair[1].bytes)
 
