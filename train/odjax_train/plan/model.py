@@ -86,9 +86,9 @@ def expected(
     """Bytes and seconds of a step on one device.
 
     Memory: state, gradient, what a microbatch keeps, and the largest of that twice more. Time: the products
-    at 0.6 of the peak rate, less where a device has few rows; in bfloat16, gathers of the parameters over fsdp
-    for both passes of each microbatch and sums of the gradients; along the tensor axis the residual stream.
-    0.7 of the transfers run beside the products.
+    at 0.6 of the peak rate, less where a device has few rows; in bfloat16, gathers of the parameters over
+    fsdp for both passes of each microbatch and sums of the gradients; along the tensor axis the residual
+    stream. 0.7 of the transfers run beside the products.
 
     Args:
         place: what the mesh decides.
