@@ -8,7 +8,7 @@ from pathlib import Path
 from odjax.core import format_bytes
 from odjax_train.errors import UserError
 from odjax_train.plan.parts import Part, Plan, from_json
-from odjax_train.plan.table import duration, problem, verdict
+from odjax_train.plan.table import duration, operations, problem, shares, verdict
 
 NAME = "plan.json"
 
@@ -53,17 +53,16 @@ def _functions(plan: Plan) -> str:
             rows.append([part.name, problem(part), *[""] * 6])
             continue
         use = part.utilization(plan.chip)
-        shares = sorted(part.use.items(), key=lambda pair: -pair[1])
         rows.append(
             [
                 part.name,
                 format_bytes(part.arguments),
                 format_bytes(part.temporaries),
                 format_bytes(part.peak),
-                f"{part.flops / 1e12:.3g} T",
+                operations(part.flops),
                 duration(part.seconds),
                 f"{use:.1%}" if use else "",
-                ", ".join(f"{name} {seconds / part.seconds:.0%}" for name, seconds in shares if seconds),
+                shares(part),
             ]
         )
     return _table(names, rows)

@@ -76,6 +76,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.1f} us"
 
 
+def operations(number: float) -> str:
+    """A number of operations with a prefix, "-" for none.
+
+    >>> operations(2.5e13), operations(0)
+    ('25.0 T', '-')
+    """
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.1f} {prefix}"
+    return f"{number:.0f}" if number else "-"
+
+
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(columns):
@@ -106,20 +118,22 @@ def _parts(plan: Plan) -> Group:
         use = part.utilization(plan.chip)
         time.add_row(
             part.name,
-            f"{part.flops / 1e12:.3g} T" if part.flops else "-",
+            operations(part.flops),
             duration(part.seconds) if part.seconds else "-",
-            _shares(part),
+            shares(part),
             f"{use:.1%}" if use else "-",
             f"{part.compile_seconds:.1f} s",
         )
     return Group(memory, time)
 
 
-def _shares(part: Part) -> str:
+def shares(part: Part) -> str:
+    """What the time of a part consists of, without what is under half a percent."""
     if not part.use or not part.seconds:
         return "-"
     parts = {name: seconds / part.seconds for name, seconds in part.use.items()}
-    return ", ".join(f"{name} {share:.0%}" for name, share in parts.items() if share >= 0.005)
+    shown = sorted(parts.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{name} {share:.0%}" for name, share in shown if share >= 0.005)
 
 
 def _traffic(plan: Plan) -> Table:
