@@ -26,7 +26,10 @@ interop: $(READY)  ## exchange with PyTorch, PEFT and transformers, and real wei
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,interop]'
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope tests/io tests/models/test_bert.py
 
-aot: $(READY) $(LIBTPU)/.ready  ## kernels compiled ahead of time for every kind of TPU
+aot: $(READY) $(LIBTPU)/.ready  ## kernels compiled ahead of time for every kind of TPU, a plan by the GPU compiler
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+	  --target $(VENV)/cuda --upgrade jax-cuda13-plugin jax-cuda13-pjrt
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/train/test_plan_gpu.py
 	TPU_LIBRARY_PATH=$(CURDIR)/$(LIBTPU)/libtpu/libtpu.so $(BIN)/python -m pytest -m '' tests/kernels/test_aot.py
 
 lint: $(READY)

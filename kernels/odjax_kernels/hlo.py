@@ -372,19 +372,41 @@ def flops(program: Program) -> int:
     Returns:
       The number, for one device.
     """
-    known: dict[str, float] = {}
+    return int(sum(_flops(program, program.entry, {})))
 
-    def total(name: str) -> float:
-        if name not in known:
-            shapes = {i.name: i.shapes for i in program.computations[name]}
-            known[name] = sum(
-                product_flops(i, [shapes.get(operand, ()) for operand in i.operands])
-                + _combine(i, [times * total(child) for child, times in children(program, name, i)])
-                for i in program.computations[name]
+
+def instruction_flops(program: Program, computation: str, instruction: Instruction) -> int:
+    """Floating-point operations of the products that one instruction runs, in what it calls too.
+
+    Args:
+      program: it is in.
+      computation: it is in.
+      instruction: any.
+
+    Returns:
+      The number, for one device.
+    """
+    index = program.computations[computation].index(instruction)
+    return int(_flops(program, computation, {})[index])
+
+
+def _flops(program: Program, computation: str, known: dict[str, list[float]]) -> list[float]:
+    """Operations of each instruction of a computation."""
+    if computation not in known:
+        instructions = program.computations[computation]
+        shapes = {i.name: i.shapes for i in instructions}
+        known[computation] = [
+            product_flops(i, [shapes.get(operand, ()) for operand in i.operands])
+            + _combine(
+                i,
+                [
+                    times * sum(_flops(program, child, known))
+                    for child, times in children(program, computation, i)
+                ],
             )
-        return known[name]
-
-    return int(total(program.entry))
+            for i in instructions
+        ]
+    return known[computation]
 
 
 def _combine(instruction: Instruction, parts: list[float]) -> float:

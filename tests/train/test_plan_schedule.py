@@ -127,6 +127,24 @@ def test_what_has_no_estimate_counts_by_its_bytes_and_is_named():
     assert set(played.guessed) == {"reverse"}
 
 
+def test_where_nothing_is_estimated_an_operation_takes_its_roofline():
+    h100 = parse_topology("h100:16")
+    lines = (
+        "%d = f32[1024,1024]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        "%r = f32[1024,1024]{1,0} reverse(%x), dimensions={0}",
+    )
+    use = play(program(*lines), mesh_of(1, 16, 1), h100).use
+    assert use.compute == pytest.approx(max(2 * 1024**3 / h100.chip.flops, 3 * SIZE / h100.chip.bandwidth))
+    assert use.modelled == pytest.approx(2 * SIZE / h100.chip.bandwidth)
+
+
+def test_a_part_written_in_place_counts_as_a_part():
+    line = "%u = f32[1024,1024]{1,0} dynamic-update-slice(%x, %row, %i, %i)"
+    lines = ("%i = s32[] constant(0)", "%row = f32[1,1024]{1,0} constant({...})", line)
+    use = play(program(*lines), mesh_of(1, 16, 1), TOPOLOGY).use
+    assert use.modelled < 5 * 4096 / TOPOLOGY.chip.bandwidth
+
+
 def carried(name, mark):
     """A fusion with a piece of a collective, and 1000 cycles of work."""
     flag = '"flag_start":"-1"' if mark == "AsyncCollectiveStart" else '"flag_start":"2"'

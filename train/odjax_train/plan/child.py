@@ -22,7 +22,7 @@ from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
 from odjax_train.flags import PlanFlags
 from odjax_train.mesh import MeshShape, make_mesh
-from odjax_train.plan import measure
+from odjax_train.plan import gpu, measure
 from odjax_train.plan.chips import Topology, parse_topology
 from odjax_train.plan.collectives import Collective, found
 from odjax_train.plan.flops import model_flops
@@ -32,17 +32,17 @@ from odjax_train.plan.parts import Part, Traffic
 from odjax_train.plan.schedule import play
 from odjax_train.program import Program, build
 
-KERNEL = "tpu_custom_call"
-
 
 def devices(topology: Topology) -> list[jax.Device]:
-    """The devices to compile for; of a TPU descriptions, of GPUs virtual CPU devices in their place."""
+    """The devices to compile for; without a GPU compiler virtual CPU devices in the place of GPUs."""
     if topology.kind == "tpu":
         from jax.experimental import topologies
 
         more = {"num_slices": topology.slices} if topology.slices > 1 else {}
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more)
         return list(described.devices)
+    if topology.kind == "gpu" and gpu.is_available():
+        return gpu.devices(topology)
     if topology.devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", topology.devices)
@@ -86,10 +86,10 @@ def report(
         temporaries=memory.temp_size_in_bytes,
         flops=hlo.flops(parsed),
         model_flops=needed,
-        kernels=dict(Counter(i.name.split(".")[0] for _, i, _ in hlo.walk(parsed) if i.target == KERNEL)),
+        kernels=dict(Counter(calls(parsed))),
         largest=largest(parsed),
     )
-    if topology.kind == "tpu":
+    if topology.kind == "tpu" or (topology.kind == "gpu" and gpu.is_available()):
         played = play(parsed, program.mesh, topology)
         return dataclasses.replace(
             part,
@@ -107,6 +107,13 @@ def report(
         "collectives": sum(each.seconds for each in part.traffic),
     }
     return dataclasses.replace(part, use=use, seconds=sum(use.values()))
+
+
+def calls(program: hlo.Program) -> list[str]:
+    """Pallas kernels of a TPU program and what a GPU program calls of NVIDIA's libraries, by name."""
+    every = [i for _, i, _ in hlo.walk(program)]
+    kernels = [i.name.split(".")[0] for i in every if i.target == "tpu_custom_call"]
+    return kernels + [i.target for i in every if i.target.startswith("__cu")]
 
 
 def cuda_calls(function: Callable[..., Any], arguments: tuple[Any, ...], program: Program) -> dict[str, int]:
@@ -173,7 +180,7 @@ def answers(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         lower = functools.partial(function.lower, *arguments)
         try:
             part = report(name, lower, program, topology, needed.get(name, 0.0))
-            if topology.kind == "gpu":
+            if topology.kind == "gpu" and not gpu.is_available():
                 part = dataclasses.replace(part, kernels=cuda_calls(function, arguments, program))
         except Exception as error:  # what the compiler says, whatever it raises
             part = Part(name=name, error=" ".join(f"{type(error).__name__}: {error}".split())[:4000])

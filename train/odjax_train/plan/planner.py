@@ -17,6 +17,7 @@ from odjax.version import __version__
 from odjax_kernels import aot
 from odjax_train.config import Config
 from odjax_train.errors import UserError
+from odjax_train.plan import gpu
 from odjax_train.plan.chips import Topology
 from odjax_train.plan.parts import Buffer, Part, Plan, part_from_json
 
@@ -30,10 +31,17 @@ NOTES = {
         _PRODUCTS,
     ),
     "gpu": (
-        "no GPU compiler was asked: the program is partitioned as for GPUs and compiled for CPUs, whose "
-        "temporaries are not a GPU's",
+        "there is no GPU compiler (pip install 'odjax[gpu-aot]'): the program is partitioned as for GPUs and "
+        "compiled for CPUs, whose temporaries are not a GPU's",
         "times are products at the peak rate and collectives at the links' full bandwidth, one after the "
         "other, and nothing else; run odjax plan on the machine itself to measure",
+        _PRODUCTS,
+    ),
+    "gpu compiled": (
+        "times are the roofline of each operation in the order of the schedule: products at the peak rate or "
+        "their bytes at the memory's bandwidth, loops as often as they run; attention of cuDNN by its bytes",
+        "collectives take bytes over the links' bandwidth, beside the computation where the schedule starts "
+        "them early; real steps take longer by what kernels miss of the peak",
         _PRODUCTS,
     ),
     "here": ("times are measured, with made-up batches", _PRODUCTS),
@@ -108,7 +116,7 @@ def ask(
         largest=tuple(Buffer(**each) for each in head["largest"]),
         parts=tuple(_part(name, found[name]) for name in names),
         versions=versions(topology),
-        notes=NOTES[topology.kind],
+        notes=NOTES["gpu compiled" if topology.kind == "gpu" and gpu.is_available() else topology.kind],
     )
 
 
@@ -158,7 +166,11 @@ def _asked(topology: Topology, timeout: float) -> Iterator[Callable[..., dict[st
     compiles = topology.kind == "tpu"
     if compiles:
         check_compiler()
-    environment = aot.compiler_environment() if compiles else dict(os.environ)
+    environment = dict(os.environ)
+    if compiles:
+        environment = aot.compiler_environment()
+    elif topology.kind == "gpu":
+        environment = gpu.compiler_environment()
 
     def said(request: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         def command(missing: Sequence[str]) -> list[str]:
@@ -187,7 +199,11 @@ def device_count() -> int:
 
 def versions(topology: Topology) -> dict[str, str]:
     """Versions of what a plan depends on."""
-    compiler = {"libtpu": aot.libtpu_version() or "unknown"} if topology.kind == "tpu" else {}
+    compiler = {}
+    if topology.kind == "tpu":
+        compiler = {"libtpu": aot.libtpu_version() or "unknown"}
+    elif topology.kind == "gpu" and gpu.is_available():
+        compiler = {"CUDA plugin": gpu.version()}
     return {"odjax": __version__, "jax": jax.__version__, **compiler}
 
 

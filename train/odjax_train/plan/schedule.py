@@ -227,6 +227,10 @@ class _Player:
         if attention is not None:
             return "kernels", attention
         seconds = self._touched(i, shapes) / self.chip.bandwidth
+        if not self.chip.clock:  # no compiler's estimate at all: the roofline
+            needed = hlo.instruction_flops(self.program, name, i) / self.chip.flops
+            if needed:
+                return "compute", max(needed, seconds)
         if (
             i.opcode == "sort"
         ):  # a network of comparisons: a pass for each of log2(n) (log2(n) + 1) / 2 rounds
@@ -251,10 +255,21 @@ class _Player:
         for o in body:
             if o.opcode == "parameter":
                 users = [user for user in body if o.name in user.operands]
+                number = int(re.match(r"value=(\d+)", o.text)[1])
                 if users and all(user.opcode in ("dynamic-slice", "slice") for user in users):
-                    number = int(re.match(r"value=(\d+)", o.text)[1])
                     sizes[number] = min(sizes[number], sum(user.bytes for user in users))
-        return sum(sizes) + sum(shape.bytes for shape in i.shapes if shape.space == HBM)
+        written = sum(shape.bytes for shape in i.shapes if shape.space == HBM)
+        for o in [*body, *([] if body else [i])]:
+            if o.opcode == "dynamic-update-slice":  # in place: the part alone is read and written
+                whole = sum(shape.bytes for shape in o.shapes)
+                part = next((other.bytes for other in body if other.name == o.operands[1]), None)
+                if part is None and o.operands[1] in shapes:
+                    part = shapes[o.operands[1]].bytes
+                if part is not None and written >= whole:
+                    written += part - whole
+                    largest = max(range(len(sizes)), key=sizes.__getitem__)
+                    sizes[largest] -= min(sizes[largest], whole)
+        return sum(sizes) + written
 
     def found(self, name: str, times: float = 1.0) -> list[tuple[Collective, float]]:
         """The collectives that a computation runs, with how often."""
