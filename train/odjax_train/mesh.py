@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -116,6 +117,19 @@ def _across(sizes: tuple[int, int, int], slices: int) -> tuple[int, int, int]:
     raise UserError(
         f"mesh {_join(sizes)}: its data or its fsdp axis must be a multiple of the {slices} slices"
     )
+
+
+def in_force(mesh: Mesh) -> AbstractContextManager[Any]:
+    """The mesh as the one that a trace belongs to.
+
+    Of devices that are not here, which a plan is for, only the shape is: what is computed while tracing
+    (`jax.ensure_compile_time_eval`) has to run somewhere.
+    """
+    try:
+        here = mesh.devices.flat[0] in jax.devices(mesh.devices.flat[0].platform)
+    except RuntimeError:  # no such platform
+        here = False
+    return jax.set_mesh(mesh) if here else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

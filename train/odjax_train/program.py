@@ -24,6 +24,7 @@ from odjax_train.measures import CompiledMeasure, compile_measure
 from odjax_train.mesh import (
     batch_sharding,
     data_parallelism,
+    in_force,
     like_parameters,
     parameter_shardings,
     replicated,
@@ -86,7 +87,7 @@ class Program:
     @contextmanager
     def context(self) -> Iterator[None]:
         """Mesh and axis rules in force: around every trace."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.experiment.rules):
+        with in_force(self.mesh), nn.logical_axis_rules(self.experiment.rules):
             yield
 
     def compile(self) -> tuple["Program", float]:
@@ -176,7 +177,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
         for name, leaf in experiment.data.element_spec().items()
     }
     init = _init(experiment, batch)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(experiment.rules):
+    with in_force(mesh), nn.logical_axis_rules(experiment.rules):
         boxed = jax.eval_shape(init)
         _check_outputs(experiment, nn.unbox(boxed), batch)
     state = nn.unbox(boxed)
@@ -188,7 +189,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     )
     whole = replicated(mesh)
     options = compiler_options(mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(experiment.rules):
+    with in_force(mesh), nn.logical_axis_rules(experiment.rules):
         variables = {"params": state.params, **state.collections}
         laid_out = (shardings.params, shardings.collections)
         measures = tuple(
