@@ -12,9 +12,11 @@ from odjax.lowrank import FACTORS, adapt, restart
 from odjax.models import decoder
 from odjax_train import Experiment, language_model
 from odjax_train.data import Text, load_tokenizer
-from odjax_train.mesh import MeshShape, make_mesh
+from odjax_train.mesh import MeshShape, in_force, make_mesh
 from odjax_train.program import TPU_OPTIONS, build, compiler_options
 from odjax_train.sparse import sparse_optimizer
+
+from .test_plan_schedule import mesh_of
 
 KERNELS = r"layers.*/(attn|mlp)/.*/kernel"
 LAYERS, LENGTH = 5, 32  # layers unlike every other size
@@ -89,14 +91,17 @@ def test_no_function_moves_a_stack_of_weights(method, function):
 
 
 def test_options_for_the_compiler_go_to_tpus_alone():
-    mesh = make_mesh(MeshShape(1, 8, 1))
-    assert compiler_options(mesh) == {}
+    assert compiler_options(make_mesh(MeshShape(1, 8, 1))) == {}
+    assert compiler_options(mesh_of(1, 16, 1)) == TPU_OPTIONS
 
-    class Chip:
-        platform = "tpu"
 
-    class Pod:
-        devices = type(mesh.devices)((1, 1, 1), object)
+def test_what_is_computed_while_tracing_runs_where_there_are_devices():
+    def traced(x):
+        with jax.ensure_compile_time_eval():
+            three = int(jnp.asarray(1) + 2)
+        return x * three
 
-    Pod.devices[:] = Chip()
-    assert compiler_options(Pod()) == TPU_OPTIONS
+    for mesh in (make_mesh(MeshShape(1, 8, 1)), mesh_of(1, 16, 1)):
+        with in_force(mesh):
+            assert jax.eval_shape(traced, jnp.int32(1)).dtype == jnp.int32
+            assert jax.sharding.get_abstract_mesh().shape["fsdp"] == mesh.shape["fsdp"]
