@@ -62,7 +62,8 @@ class Case:
     @property
     def name(self) -> str:
         """Of the file."""
-        return f"{self.preset}-{self.method}-{self.topology}" + ("-edits" if self.edits else "")
+        name = f"{self.preset}-{self.method}-{self.topology}-{self.batch}"
+        return name + ("-edits" if self.edits else "")
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -78,12 +79,13 @@ class Case:
 # where it could gather: fsdp is at most the width / 16.
 CASES = (
     Case("7b", "rac", "v5e-256", "1,-1,1", 256, "projections"),
+    Case("7b", "full", "v5e-256", "1,-1,1", 256, "projections"),
     Case("7b", "full", "v5e-256", "1,-1,1", 512, "projections"),
     Case("7b", "rac", "v5e-256", "1,-1,1", 256, "projections", edits=True),
     Case("7b", "chtss", "v5e-256", "1,-1,1", 512, "projections", edits=True),
     Case("7b", "chtss", "v5e-256", "1,-1,1", 512, "projections"),
-    Case("7b", "rac", "v5p-512", "2,256,1", 1024, "projections"),
-    Case("7b", "full", "v5p-512", "2,256,1", 1024, "projections"),
+    Case("7b", "rac", "v5p-512", "1,-1,1", 512, "projections"),
+    Case("7b", "full", "v5p-512", "1,-1,1", 512, "projections"),
     Case("7b", "rac", "v6e-256", "1,-1,1", 512, "projections"),
     Case("7b", "full", "v6e-256", "1,-1,1", 512, "projections"),
     Case("7b", "lora", "v5e-256", "1,-1,1", 256, "projections"),
@@ -91,14 +93,14 @@ CASES = (
     Case("1b", "rac", "v5e-256", "4,64,1", 512, "projections"),
     Case("70b", "rac", "v5e-256", "1,-1,1", 256, "full"),
     Case("70b", "full", "v5e-256", "1,128,2", 128, "full"),
-    Case("70b", "rac", "v5p-512", "1,-1,1", 512, "projections"),
-    Case("70b", "full", "v5p-512", "1,-1,1", 512, "projections"),
+    Case("70b", "rac", "v5p-512", "1,-1,1", 256, "projections"),
+    Case("70b", "full", "v5p-512", "1,-1,1", 256, "projections"),
     Case("70b", "rac", "v6e-256", "1,-1,1", 256, "projections"),
     Case("70b", "full", "v6e-256", "1,-1,1", 256, "attention"),
-    Case("1b", "full", "v5p-512", "8,64,1", 1024, "projections"),
+    Case("1b", "full", "v5p-512", "4,64,1", 512, "projections"),
     Case("1b", "full", "v6e-256", "4,64,1", 512, "projections"),
     Case("1b", "chtss", "v5e-256", "4,64,1", 512, "projections"),
-    Case("70b", "chtss", "v5p-512", "1,-1,1", 512, "projections"),
+    Case("70b", "chtss", "v5p-512", "1,-1,1", 256, "projections"),
 )
 
 
@@ -120,11 +122,12 @@ def run(case: Case, folder: pathlib.Path) -> None:
     scratch = path.with_suffix(".part")
     scratch.write_text(json.dumps(record, indent=1))
     scratch.replace(path)
-    said = (
-        record.get("error") or verdict(plan)
-        if not case.edits
-        else [(p.name, p.error, p.peak) for p in plan.parts]
-    )
+    if "error" in record:
+        said = record["error"]
+    elif case.edits:
+        said = ", ".join(f"{part.name} {part.error[:200] or gib(part.peak)}" for part in plan.parts)
+    else:
+        said = verdict(plan)
     print(f"{case.name}: {said} ({record['seconds']} s)", flush=True)
 
 
@@ -227,7 +230,7 @@ def edits(found: list[tuple[Case, Plan | None, str]]) -> str:
                 continue
             largest = max((each.largest for each in part.traffic), default=0)
             lines.append(
-                f"{head}| {part.name} | {memory(part, plan)} | {part.seconds:.2f} | {largest / 2**20:.0f} |"
+                f"{head}| {part.name} | {memory(part, plan)} | {part.seconds:.3f} | {largest / 2**20:.0f} |"
             )
     return "\n".join(lines)
 
