@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 
 from odjax_kernels import hlo
-from odjax_train.plan.chips import TPUS, parse_topology, ring
+from odjax_train.plan.chips import DATA_CENTRE, TPUS, parse_topology, ring
 from odjax_train.plan.collectives import HOP, collective, first_group
 from odjax_train.plan.schedule import play
 
@@ -125,6 +125,26 @@ def test_what_has_no_estimate_counts_by_its_bytes_and_is_named():
     )
     assert played.use.modelled == pytest.approx(2 * SIZE / TPUS["v5e"].bandwidth)
     assert set(played.guessed) == {"reverse"}
+
+
+def test_what_crosses_the_network_between_slices_is_waited_for_where_it_arrives():
+    about = (
+        'frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    lines = (
+        "%a = token[] after-all()",
+        f"%r = (f32[1024,1024]{{1,0}}, u32[], token[]) recv(%a), {about}",
+        f"%s = (f32[1024,1024]{{1,0}}, u32[], token[]) send(%x, %a), {about}",
+        work("w", 1000),
+        "%d = token[] send-done(%s)",
+        "%e = (f32[1024,1024]{1,0}, token[]) recv-done(%r)",
+    )
+    played = play(program(*lines), mesh_of(1, 16, 1), TOPOLOGY)
+    assert [(each.kind, each.axis, each.sent) for each, _ in played.collectives] == [
+        ("all-reduce by the network", "slices", SIZE)
+    ]
+    assert played.use.seconds == pytest.approx(SIZE / DATA_CENTRE)
 
 
 def test_where_nothing_is_estimated_an_operation_takes_its_roofline():

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from odjax_kernels import hlo
 from odjax_kernels.hlo import Instruction
-from odjax_train.plan.chips import Topology, ring
+from odjax_train.plan.chips import DATA_CENTRE, Topology, ring
 
 KINDS = (
     "all-gather",
@@ -128,6 +128,25 @@ def collective(
         direction = 1 if group[1] > group[0] else -1
     seconds = 0.0 if topology.chip is None else _seconds(kind, group, int(sent), mesh, topology)
     return Collective(kind, axis_of(group, mesh), int(sent), whole, seconds, direction, instruction.op_name)
+
+
+def between_slices(instruction: Instruction, operand_bytes: int) -> tuple[str, Collective] | None:
+    """What a TPU program hands to its host to be exchanged with other slices.
+
+    Args:
+        instruction: a "send", or the "recv" that belongs to it.
+        operand_bytes: bytes of its operands on one device.
+
+    Returns:
+        A name that the two have in common, and the transfer; None for any other instruction.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+    name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.text)
+    if kind is None or name is None:
+        return None
+    what = f"{kind[1].lower().replace('_', '-')} by the network"
+    seconds = operand_bytes / DATA_CENTRE
+    return name[1], Collective(what, "slices", operand_bytes, operand_bytes, seconds, 0, instruction.op_name)
 
 
 def _seconds(kind: str, group: Sequence[int], sent: int, mesh: Mesh, topology: Topology) -> float:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from odjax_kernels import hlo
 from odjax_kernels.hlo import HBM, Instruction, Program
 from odjax_train.plan.chips import Topology
-from odjax_train.plan.collectives import Collective, collective, kind_of
+from odjax_train.plan.collectives import Collective, between_slices, collective, kind_of
 from odjax_train.plan.kernels import attention_seconds
 
 HOST = 5  # the memory space of the host
@@ -32,6 +32,8 @@ FREE = {
     "replica-id",
     "after-all",
     "opt-barrier",
+    "recv",
+    "send-done",
     "iota",
     "",
 }
@@ -142,6 +144,18 @@ class _Player:
 
         for i in self.program.computations[name]:
             if i.opcode in FREE or i.target in FREE_CALLS:
+                continue
+            other = (
+                i if i.opcode == "send" else shapes.get(i.operands[0]) if i.opcode == "recv-done" else None
+            )
+            exchange = between_slices(other, sum(shapes[o].bytes for o in i.operands)) if other else None
+            if exchange is not None:
+                key, found = exchange
+                if i.opcode == "send":
+                    self.own[name].append(found)
+                    begin(key, "network", found.seconds, "collectives")
+                else:
+                    wait(key)
                 continue
             found = self._collective(i, shapes)
             if found is not None:
