@@ -75,8 +75,6 @@ class Case:
         )
 
 
-# A part of a weight of fewer than 16 rows is no whole tile of bfloat16, and the compiler sums padded copies
-# where it could gather: fsdp is at most the width / 16.
 CASES = (
     Case("7b", "rac", "v5e-256", "1,-1,1", 256, "projections"),
     Case("7b", "full", "v5e-256", "1,-1,1", 256, "projections"),
