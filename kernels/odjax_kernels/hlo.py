@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 BITS = {
@@ -119,10 +119,12 @@ class Program(NamedTuple):
     Attributes:
       entry: name of the computation that runs first.
       computations: name -> instructions, in the order of the schedule.
+      roots: name -> name of the instruction whose value the computation has, where it is marked.
     """
 
     entry: str
     computations: dict[str, tuple[Instruction, ...]]
+    roots: dict[str, str]
 
     def find(self, computation: str, name: str) -> Instruction | None:
         """The instruction of that name in a computation, or None."""
@@ -130,7 +132,7 @@ class Program(NamedTuple):
 
 
 _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
-_LINE = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
 _OPCODE = re.compile(r"\s*([a-z][\w-]*)\(")
 
@@ -153,15 +155,19 @@ def parse(text: str) -> Program:
       128
     """
     computations: dict[str, list[list[str]]] = {}
-    entry, current = "", None
+    roots: dict[str, str] = {}
+    entry, name, current = "", "", None
     for line in text.splitlines():
         if line.endswith("{") and (head := _HEAD.match(line)):
-            current = computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
+            name = head[2]
+            current = computations.setdefault(name, [])
+            entry = name if head[1] else entry
         elif line == "}":
             current = None
         elif current is not None and (match := _LINE.match(line)):
-            current.append([match[1], match[2]])
+            current.append([match[2], match[3]])
+            if match[1]:
+                roots[name] = match[2]
         elif current:  # the metadata of a kernel may hold line breaks
             current[-1][1] += "\n" + line
     if not entry:
@@ -172,6 +178,7 @@ def parse(text: str) -> Program:
             name: tuple(_instruction(name, rest) for name, rest in instructions)
             for name, instructions in computations.items()
         },
+        roots,
     )
 
 
@@ -273,12 +280,15 @@ def trips(program: Program, computation: str, loop: Instruction) -> int | None:
 
 
 def _root(program: Program, computation: str) -> Instruction:
-    return program.computations[computation][-1]
+    marked = program.roots.get(computation, "")
+    return program.find(computation, marked) or program.computations[computation][-1]
 
 
 def _constant(found: Instruction) -> tuple[str, int] | None:
+    """("constant", value) of an integer, None for any other constant."""
     value = re.match(r"value=\s*(-?\d+)", found.text)
-    return ("constant", int(value[1])) if value else None
+    is_integer = any(shape.dtype[0] in "su" for shape in found.shapes)
+    return ("constant", int(value[1])) if value and is_integer else None
 
 
 def _start(program: Program, computation: str, loop: Instruction, index: int) -> int | None:
@@ -298,13 +308,15 @@ def _start(program: Program, computation: str, loop: Instruction, index: int) ->
 
 
 def _step(program: Program, body: str, index: int) -> int | None:
-    """What the counter grows by in a trip; 1 where that is inside a fusion."""
+    """What the counter grows by in a trip; 1 where that is inside a fusion, None where it is multiplied."""
     root = _root(program, body)
     if root.opcode != "tuple":
         return 1
     found = program.find(body, root.operands[index])
     while found is not None and found.opcode in ("copy", "bitcast", "convert") and found.operands:
         found = program.find(body, found.operands[0])
+    if found is not None and found.opcode in ("multiply", "divide", "shift-left", "shift-right-logical"):
+        return None
     if found is None or found.opcode not in ("add", "subtract"):
         return 1
     sign = 1 if found.opcode == "add" else -1
@@ -324,8 +336,8 @@ def children(program: Program, computation: str, instruction: Instruction) -> li
       instruction: any.
 
     Returns:
-      Pairs of a name and a number. Of a conditional every branch is one, with its share of 1: whoever sums
-      takes the largest instead. A loop whose number of trips the text does not say counts once.
+      Pairs of a name and a number. Of a conditional every branch is one, once: whoever sums takes the largest
+      instead. A loop whose number of trips the text does not say counts once.
     """
     if instruction.opcode == "while":
         count = trips(program, computation, instruction)
@@ -336,7 +348,7 @@ def children(program: Program, computation: str, instruction: Instruction) -> li
             *instruction.called("false_computation"),
         )
         return [(name, 1) for name in branches]
-    if instruction.opcode in ("fusion", "call", "async-start"):
+    if instruction.opcode.removesuffix("-start") in ("fusion", "call", "async"):
         return [(name, 1) for name in instruction.called("calls") or instruction.called("to_apply")]
     return []
 
@@ -363,8 +375,8 @@ def walk(program: Program) -> Iterator[tuple[str, Instruction, float]]:
 def flops(program: Program) -> int:
     """Floating-point operations of the products in a program, loops as often as they run.
 
-    A multiplication and an addition are two. Of a conditional the branch with the most counts. What is
-    elementwise does not count, nor do kernels.
+    A multiplication and an addition are two. Of a conditional the branch with the most counts. Products of
+    cuBLAS count; what is elementwise does not, nor do kernels.
 
     Args:
       program: any.
@@ -372,7 +384,7 @@ def flops(program: Program) -> int:
     Returns:
       The number, for one device.
     """
-    return int(sum(_flops(program, program.entry, {})))
+    return int(_flops(program, program.entry, {}))
 
 
 def instruction_flops(program: Program, computation: str, instruction: Instruction) -> int:
@@ -386,35 +398,36 @@ def instruction_flops(program: Program, computation: str, instruction: Instructi
     Returns:
       The number, for one device.
     """
-    index = program.computations[computation].index(instruction)
-    return int(_flops(program, computation, {})[index])
+    shapes = {i.name: i.shapes for i in program.computations[computation]}
+    return int(_own_flops(program, computation, instruction, shapes, {}))
 
 
-def _flops(program: Program, computation: str, known: dict[str, list[float]]) -> list[float]:
-    """Operations of each instruction of a computation."""
+def _flops(program: Program, computation: str, known: dict[str, float]) -> float:
+    """Operations of a computation."""
     if computation not in known:
         instructions = program.computations[computation]
         shapes = {i.name: i.shapes for i in instructions}
-        known[computation] = [
-            product_flops(i, [shapes.get(operand, ()) for operand in i.operands])
-            + _combine(
-                i,
-                [
-                    times * sum(_flops(program, child, known))
-                    for child, times in children(program, computation, i)
-                ],
-            )
-            for i in instructions
-        ]
+        known[computation] = sum(_own_flops(program, computation, i, shapes, known) for i in instructions)
     return known[computation]
 
 
-def _combine(instruction: Instruction, parts: list[float]) -> float:
-    return max(parts, default=0) if instruction.opcode == "conditional" else sum(parts)
+def _own_flops(
+    program: Program,
+    computation: str,
+    instruction: Instruction,
+    shapes: Mapping[str, tuple[Shape, ...]],
+    known: dict[str, float],
+) -> float:
+    """Operations of an instruction and of what it calls; shapes of its computation by name."""
+    inside = [
+        times * _flops(program, child, known) for child, times in children(program, computation, instruction)
+    ]
+    together = max(inside, default=0) if instruction.opcode == "conditional" else sum(inside)
+    return together + product_flops(instruction, [shapes.get(name, ()) for name in instruction.operands])
 
 
 def product_flops(instruction: Instruction, operands: Sequence[Sequence[Shape]]) -> int:
-    """Floating-point operations of one dot or convolution; 0 for everything else.
+    """Floating-point operations of one dot, product of cuBLAS or convolution; 0 for everything else.
 
     Args:
       instruction: any.
@@ -423,9 +436,10 @@ def product_flops(instruction: Instruction, operands: Sequence[Sequence[Shape]])
     Returns:
       The number.
     """
-    if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
-        axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
+    cublas = instruction.opcode == "custom-call" and instruction.target.startswith("__cublas$")
+    if instruction.opcode == "dot" or cublas:
+        contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.text)
+        axes = [int(axis) for axis in re.findall(r"\d+", contracted[1])] if contracted else []
         return 2 * instruction.shapes[0].size * math.prod(operands[0][0].dims[axis] for axis in axes)
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, operands[0][0], operands[1][0])
@@ -457,9 +471,8 @@ def _convolution_flops(instruction: Instruction, lhs: Shape, rhs: Shape) -> int:
             int(base[d]),
             int(dilate[d]),
         )
-    groups = re.search(r"batch_group_count=(\d+)", instruction.text)
-    batch = out.dims[labels[3].index("b")] // (int(groups[1]) if groups else 1)
-    return 2 * pairs * batch * out.dims[labels[3].index("f")] * rhs.dims[labels[2].index("i")]
+    rows = out.dims[labels[3].index("b")] * out.dims[labels[3].index("f")]
+    return 2 * pairs * rows * rhs.dims[labels[2].index("i")]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -102,6 +102,67 @@ HEAD = (
 )
 
 
+def test_a_convolution_within_groups_of_the_batch_counts_each_output_once():
+    # The gradient of a depthwise kernel: the channels are the batch, in groups of one.
+    text = (
+        "HloModule m\n\nENTRY %main (x: f32[8,8,3,2], g: f32[8,8,2,3]) -> f32[3,3,1,3] {\n"
+        "  %x = f32[8,8,3,2]{3,2,1,0} parameter(0)\n  %g = f32[8,8,2,3]{3,2,1,0} parameter(1)\n"
+        "  ROOT %c = f32[3,3,1,3]{3,2,1,0} convolution(%x, %g), window={size=8x8 pad=1_1x1_1}, "
+        "dim_labels=01bf_01io->01bf, batch_group_count=3\n}\n"
+    )
+    inside = 8 + 7 + 7  # rows that the kernel's three rows meet, padding left out
+    assert hlo.flops(hlo.parse(text)) == 2 * 3 * 2 * inside**2
+
+
+def test_products_of_cublas_count():
+    text = (
+        "HloModule m\n\nENTRY %main (a: bf16[2,8,16], b: bf16[2,16,4]) -> bf16[2,8,4] {\n"
+        "  %a = bf16[2,8,16]{2,1,0} parameter(0)\n  %b = bf16[2,16,4]{2,1,0} parameter(1)\n"
+        "  %c = (bf16[2,8,4]{2,1,0}, s8[4096]{0}) custom-call(%a, %b), "
+        'custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"beta":0,'
+        '"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],'
+        '"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}\n'
+        "  ROOT %r = bf16[2,8,4]{2,1,0} get-tuple-element(%c), index=0\n}\n"
+    )
+    program = hlo.parse(text)
+    assert hlo.flops(program) == 2 * 2 * 8 * 16 * 4
+    assert hlo.instruction_flops(program, "main", program.find("main", "c")) == hlo.flops(program)
+
+
+def counted(condition, body):
+    """A loop with a counter that starts at 1 and goes to 64, by its two last lines."""
+    return hlo.parse(
+        f"%cond (p: (s32[])) -> pred[] {{\n  %p = (s32[]) parameter(0)\n"
+        f"  %i = s32[] get-tuple-element(%p), index=0\n{condition}}}\n\n"
+        f"%body (p: (s32[])) -> (s32[]) {{\n  %p = (s32[]) parameter(0)\n"
+        f"  %i = s32[] get-tuple-element(%p), index=0\n{body}}}\n\n"
+        "ENTRY %main (n: f32[]) -> (s32[]) {\n  %one = s32[] constant(1)\n  %t = (s32[]) tuple(%one)\n"
+        "  ROOT %w = (s32[]) while(%t), condition=%cond, body=%body\n}\n"
+    )
+
+
+BOUND = "  %n = {0}[] constant(64)\n  ROOT %c = pred[] compare(%i, %n), direction=LT\n"
+STEP = "  %k = s32[] constant(2)\n  %j = s32[] {0}(%i, %k)\n  ROOT %t = (s32[]) tuple(%j)\n{1}"
+
+
+@pytest.mark.parametrize(
+    "condition, body, trips",
+    [
+        (BOUND.format("s32"), STEP.format("add", ""), 32),
+        (
+            BOUND.format("s32"),
+            STEP.format("add", "  %late = token[] after-all()\n"),
+            32,
+        ),  # the root is not last
+        (BOUND.format("s32"), STEP.format("multiply", ""), None),
+        (BOUND.format("f32"), STEP.format("add", ""), None),
+    ],
+)
+def test_trips_are_known_of_integers_that_grow_by_a_constant(condition, body, trips):
+    program = counted(condition, body)
+    assert hlo.trips(program, "main", program.find("main", "w")) == trips
+
+
 def test_layouts_with_tiles_and_memory_spaces_are_read():
     text = (
         "ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {\n"

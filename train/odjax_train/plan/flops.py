@@ -37,7 +37,7 @@ def product_flops(jaxpr: Jaxpr) -> int:
             spec = params["dimension_numbers"]
             kernel = eqn.invars[1].aval.shape
             fan_in = math.prod(kernel) // kernel[spec.rhs_spec[0]]
-            total += 2 * eqn.outvars[0].aval.size * fan_in // params["batch_group_count"]
+            total += 2 * eqn.outvars[0].aval.size * fan_in
         elif name == "cond":
             total += max(product_flops(branch.jaxpr) for branch in params["branches"])
         elif name != "pallas_call":
@@ -60,13 +60,14 @@ def plain(model: nn.Module) -> nn.Module:
     """The model without rematerialization and with attention in plain products.
 
     Args:
-        model: any; what it has no attribute `remat` or `attention` for, also in a module inside, stays.
+        model: any; its attributes `remat` and `attention`, and those of the modules among its attributes, are
+            set to what is plain.
     """
     fields = {field.name for field in dataclasses.fields(model)}
     changes: dict[str, Any] = {}
     if "remat" in fields:
-        changes["remat"] = "none"
-    if "attention" in fields:
+        changes["remat"] = False if isinstance(model.remat, bool) else "none"
+    if "attention" in fields and isinstance(model.attention, str | None):
         changes["attention"] = "xla"
     for name in fields - {"parent", "name"}:
         value = getattr(model, name)
