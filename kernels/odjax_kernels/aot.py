@@ -110,7 +110,7 @@ def libtpu_version() -> str | None:
     file = libtpu()
     if file is None:
         return None
-    beside = importlib.metadata.distributions(name="libtpu", path=[str(file.parents[1])])
+    beside = importlib.metadata.distributions(name="libtpu", path=[str(file.absolute().parent.parent)])
     return next((found.version for found in beside), None)
 
 
@@ -294,10 +294,11 @@ def _compile_here(file: str, topology: str, names: Sequence[str], dumps: pathlib
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Waits until no other process of this machine compiles for TPUs."""
+    """Waits until no other process of this user compiles for TPUs."""
     import fcntl
 
-    with open(pathlib.Path(tempfile.gettempdir()) / "odjax-libtpu.lock", "a+") as file:
+    # A file of one's own: another user's in the same folder could not be opened.
+    with open(pathlib.Path(tempfile.gettempdir()) / f"odjax-libtpu-{os.getuid()}.lock", "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -370,15 +371,15 @@ def run_apart(
         line = list(command(missing))
         try:
             run = subprocess.run(
-                line, env=dict(environment), capture_output=True, text=True, timeout=timeout, check=False
+                line, env=dict(environment), capture_output=True, timeout=timeout, check=False
             )
-            said, told = run.stdout, run.stderr
+            said, told = (output.decode(errors="replace") for output in (run.stdout, run.stderr))
             why = f"the compiler's process ended with {run.returncode}"
             why += "".join(
                 f": {fatal}" for fatal in re.findall(r"^F\d{4} .*?\] (.*)$", told, re.MULTILINE)[:1]
             )
         except subprocess.TimeoutExpired as late:
-            said, told = ((s or b"").decode() for s in (late.stdout, late.stderr))
+            said, told = ((s or b"").decode(errors="replace") for s in (late.stdout, late.stderr))
             why = f"not compiled within {timeout:.0f} s"
         for text in said.splitlines():
             if text.startswith('{"name"'):
@@ -389,7 +390,7 @@ def run_apart(
             break
         begun = [name for name in re.findall(r"^begin (.*)$", told, re.MULTILINE) if name in left]
         if not begun:
-            raise RuntimeError(f"{' '.join(line)}: {why}\n{told[-2000:]}")
+            raise RuntimeError(f"{why}\n{told[-2000:]}\n{' '.join(line)}")
         found[begun[-1]] = why
     return found
 

@@ -17,7 +17,7 @@ from odjax_train.errors import UserError
 from odjax_train.flags import PlanFlags
 from odjax_train.plan import child, measure, model, planner, search
 from odjax_train.plan.chips import TPUS, parse_topology
-from odjax_train.plan.flops import model_flops, plain
+from odjax_train.plan.flops import model_flops, plain, product_flops
 from odjax_train.plan.memory import saved_bytes, state_memory
 from odjax_train.plan.parts import Part, Plan, from_json, to_json
 from odjax_train.plan.table import duration, render, verdict
@@ -154,6 +154,21 @@ def test_plain_models_lose_what_changes_only_how_they_run(config_file):
     assert (plain(model).inner.remat, plain(model).inner.attention) == ("none", "xla")
 
 
+def test_a_gradient_of_a_depthwise_convolution_has_the_operations_of_the_convolution():
+    def convolved(x, w):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=dimensions, feature_group_count=3
+        ).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in ((2, 8, 8, 3), (3, 3, 1, 3))]
+    forward, both = (
+        product_flops(jax.make_jaxpr(f)(*shapes).jaxpr) for f in (convolved, jax.grad(convolved, argnums=1))
+    )
+    assert forward == 2 * (2 * 8 * 8 * 3) * 9
+    assert both == 2 * forward
+
+
 @pytest.mark.parametrize(
     "topology, message",
     [
@@ -215,6 +230,9 @@ def test_a_compiler_that_jax_does_not_go_with_is_refused(monkeypatch):
         (("--topology", "cpu:4", "--search", "--mesh", "4,1,1"), "--search tries meshes"),
         (("--topology", "cpu:4", "--search", "--compiles", "0"), "--compiles must be at least 1"),
         (("--slices", "0"), "--slices must be at least 1"),
+        (("--slices", "2", "--topology", "h100:8"), "only TPUs have slices"),
+        (("--timeout", "0"), "--timeout must be at least 1"),
+        (("--out", "."), "--out . is a folder"),
     ],
 )
 def test_mistakes_are_one_line(config_file, capsys, flags, message):
@@ -231,6 +249,66 @@ def test_candidates_are_meshes_times_the_flags_that_are_left_open(config_file):
     assert {dict(each.flags)["accumulate"] for each in every} == {"1", "2", "4", "8"}
     assert all("remat" not in dict(each.flags) for each in every)
     assert len(every) == 6 * 4
+
+
+def test_what_a_configuration_has_itself_is_among_the_candidates(tmp_path):
+    path = tmp_path / "other.py"
+    path.write_text(
+        "from typing import Literal\nfrom odjax_train import Experiment\n\n\n"
+        'def experiment(attention: Literal["xla", "splash"] = "xla", remat: bool = False, '
+        "accumulate: int | None = None) -> Experiment:\n"
+        '    """Flags of other types."""\n'
+    )
+    every = search.candidates(parsed(path), parse_topology("v5e-4"))
+    assert {each.flags for each in every} == {(("attention", "xla"),), (("attention", "splash"),)}
+
+
+def test_facts_are_those_of_a_whole_batch_and_name_what_cannot_be(config_file):
+    request = {
+        "config": str(config_file),
+        "flags": ["--accumulate", "4"],
+        "topology": "here",
+        "slices": 1,
+        "meshes": ["8,1,1", "3,1,1", "1,2,4"],
+        "settings": [["--remat", "full"], ["--remat", "all"]],
+        "parts": ["mesh 0", "mesh 1", "setting 0", "setting 1"],
+    }
+    found = dict(child.facts(request))
+    assert list(found) == request["parts"]
+    assert found["mesh 0"]["state"] > found["mesh 0"]["gradient"] > 0  # 2 rows do not divide by 8, 8 rows do
+    assert "needs 3 devices" in found["mesh 1"]["error"]
+    assert (found["setting 0"]["batch"], found["setting 0"]["accumulate"]) == (8, 4)
+    assert "remat" in found["setting 1"]["error"]
+
+
+def test_microbatches_that_were_typed_count_in_the_estimates(config_file, tmp_path, monkeypatch):
+    place = {"state": 100, "gradient": 10}
+    flags = dict.fromkeys(model.Setting._fields, 100) | {"batch": 8, "accumulate": 4}
+    monkeypatch.setattr(search, "ask_facts", lambda c, t, m, s, timeout: ([place] * len(m), [flags] * len(s)))
+    config, topology = parsed(config_file, "--accumulate", "4", "--remat", "none"), parse_topology("v5e-4")
+    every = search.candidates(config, topology)
+    known, reason = search.estimates(config, topology, every, tmp_path, 1.0)
+    assert {each.mesh for each in known} == {"1,2,2", "2,1,2", "1,1,4"}
+    assert reason == "batch 8 in 4 microbatches does not divide by 4"
+    assert known[search.Candidate("1,1,4")].bytes == 100 + 10 + (100 + 200) / 4
+
+
+def test_what_failed_is_tried_again_with_more_time_alone(config_file, tmp_path, monkeypatch):
+    asked = []
+
+    def ask(config, topology, mesh, *, flags, parts, timeout):
+        asked.append(timeout)
+        return made_up_plan(1.0, 2**30, "not compiled within 1 s" if timeout < 2.0 else "")
+
+    monkeypatch.setattr(search, "ask", ask)
+    config, topology = parsed(config_file), parse_topology("v5e-4")
+    candidate, estimate = search.Candidate("1,4,1"), search.Estimate(0, 0)
+    errors = [
+        search._compiled(config, topology, candidate, estimate, tmp_path, timeout).error
+        for timeout in (1.0, 1.0, 2.0, 3.0)
+    ]
+    assert errors == ["not compiled within 1 s", "not compiled within 1 s", "", ""]
+    assert asked == [1.0, 2.0]
 
 
 def made_up_plan(seconds, peak, error="", mesh=(1, 4, 1)):
@@ -252,6 +330,8 @@ def test_a_search_compiles_the_promising_ones_and_goes_on_where_it_was(config_fi
                 "trained": 10,
                 "tokens": 512,
                 "stream": 10,
+                "batch": 8,
+                "accumulate": 1,
             }
         ] * len(settings)
 
@@ -281,7 +361,15 @@ def test_a_search_compiles_the_promising_ones_and_goes_on_where_it_was(config_fi
 def test_the_model_of_a_step_knows_what_costs():
     place = model.OnMesh(state=2**30, gradient=2**28)
     flags = model.Setting(
-        flops=10**15, saved=2**36, largest=2**30, weights=10**9, trained=10**9, tokens=2**20, stream=2**30
+        flops=10**15,
+        saved=2**36,
+        largest=2**30,
+        weights=10**9,
+        trained=10**9,
+        tokens=2**20,
+        stream=2**30,
+        batch=2**10,
+        accumulate=1,
     )
     topology = parse_topology("v5e-16")
 

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import Mesh
 
 from odjax_kernels import hlo
-from odjax_train.plan.chips import DATA_CENTRE, TPUS, parse_topology, ring
+from odjax_train.mesh import MeshShape, make_mesh
+from odjax_train.plan.chips import DATA_CENTRE, NETWORK, TPUS, parse_topology, ring
 from odjax_train.plan.collectives import HOP, collective, first_group
 from odjax_train.plan.schedule import play
 
@@ -24,6 +25,7 @@ class Device:
     id: int
     coords: tuple[int, int, int]
     slice_index: int = 0
+    core_on_chip: int = 0
     platform: str = "tpu"
     device_kind: str = "fake"
     process_index: int = 0
@@ -199,6 +201,31 @@ def test_bytes_of_a_collective_along_one_axis(kind, whole, sent):
     # Four chips in a line: three hops, one link.
     ways = 4 / 4 if kind == "all-to-all" else 1
     assert found.seconds == pytest.approx(max(found.sent / LINK * ways, 3 * HOP))
+
+
+def test_gpus_of_different_hosts_communicate_by_the_network():
+    h100 = parse_topology("h100:16")
+    across, inside = (
+        collective(
+            program(f"%c = f32[1024,1024]{{1,0}} all-reduce(%x), replica_groups={groups}, channel_id=1").find(
+                "main", "c"
+            ),
+            SIZE,
+            mesh_of(2, 8, 1),
+            h100,
+        )
+        for groups in ("[8,2]<=[2,8]T(1,0)", "[2,8]<=[16]")
+    )
+    assert (across.axis, across.seconds) == ("data", pytest.approx(SIZE / NETWORK))
+    assert (inside.axis, inside.seconds) == ("fsdp", pytest.approx(7 / 4 * SIZE / h100.chip.link))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2), (2, 8, 1), (1, 2, 8)])
+def test_a_mesh_may_divide_a_dimension_of_the_torus(shape):
+    # A search tries every one.
+    mesh = make_mesh(MeshShape(*shape), list(mesh_of(16, 1, 1).devices.flat))
+    assert mesh.devices.shape == shape
+    assert len({device.id for device in mesh.devices.flat}) == 16
 
 
 def test_a_permutation_takes_one_link():

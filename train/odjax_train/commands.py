@@ -115,6 +115,8 @@ def plan(arguments: list[str]) -> int:
     if path is None:
         print("usage: odjax plan CONFIG [flags]\n\nodjax plan CONFIG --help lists the configuration's flags.")
         return 0
+    import jax
+
     from odjax_train.plan.chips import parse_topology
     from odjax_train.plan.parts import to_json
     from odjax_train.plan.planner import ask
@@ -122,7 +124,14 @@ def plan(arguments: list[str]) -> int:
 
     config = configs.load(Path(path))
     config, options = configs.parse(config, PlanFlags, flags, f"odjax plan {path}")
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # the devices are left to the processes that compile and measure
     topology = parse_topology(options.topology, options.slices)
+    if options.timeout < 1:
+        raise UserError(f"--timeout must be at least 1, got {options.timeout}")
+    if options.out is not None and options.out.is_dir():
+        raise UserError(f"--out {options.out} is a folder; give a file, such as {options.out / 'plan.json'}")
     config.experiment()  # what is wrong with the flags is said before anything is started
     if options.search:
         return _search(config, topology, options)
@@ -186,6 +195,7 @@ def _write_plan(document: dict[str, Any], options: PlanFlags) -> None:
 
     text = json.dumps(document)
     if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.out, text + "\n")
     if options.json:
         print(text)

@@ -103,9 +103,11 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     if slices > 1:
         across = _across(sizes, slices)
         inside = [size // outer for size, outer in zip(sizes, across, strict=True)]
-        layout = mesh_utils.create_hybrid_device_mesh(inside, across, devices=devices)
+        layout = mesh_utils.create_hybrid_device_mesh(
+            inside, across, devices=devices, allow_split_physical_axes=True
+        )
     else:
-        layout = mesh_utils.create_device_mesh(sizes, devices=devices)
+        layout = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
     return Mesh(layout, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -151,6 +151,7 @@ def answers(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     Yields:
         name of a part and what `Part` holds; of "head" the state's memory and the names of all parts.
     """
+    _begin(request["parts"][0])  # the compiler may end the process before there is anything to compile
     topology = parse_topology(request["topology"], request["slices"])
     config = configs.load(Path(request["config"]))
     config, _ = configs.parse(config, PlanFlags, request["flags"], "odjax plan")
@@ -162,7 +163,7 @@ def answers(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     needed = {"step": step / mesh.size, "evaluate": evaluation / mesh.size}
     compiled = functions(program)
     for name in request["parts"]:
-        print(f"begin {name}", file=sys.stderr, flush=True)
+        _begin(name)
         if name == "head":
             memory, biggest = state_memory(program)
             head = {
@@ -191,11 +192,13 @@ def facts(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What decides over memory and time of candidates, nothing compiled.
 
     Args:
-        request: config, flags, topology, slices, meshes, settings (lists of more flags).
+        request: config, flags, topology, slices, meshes, settings (lists of more flags), parts ("mesh i" and
+            "setting i", those that are asked for).
 
     Yields:
-        "mesh i" and "setting i" with what `plan.model` makes of them, or an error.
+        each part with what `plan.model` makes of it, or an error.
     """
+    _begin(request["parts"][0])
     topology = parse_topology(request["topology"], request["slices"])
     every = devices(topology)
     loaded = configs.load(Path(request["config"]))
@@ -203,20 +206,31 @@ def facts(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     def experiment(more: list[str]) -> Experiment:
         return configs.parse(loaded, PlanFlags, [*request["flags"], *more], "odjax plan")[0].experiment()
 
-    first = experiment([])
-    for index, text in enumerate(request["meshes"]):
+    # Whether the microbatches of a candidate divide by its mesh is seen where both are known.
+    first = dataclasses.replace(experiment([]), accumulate=1)
+    for name in request["parts"]:
+        _begin(name)
+        kind, _, index = name.partition(" ")
         try:
-            program = build(first, make_mesh(MeshShape.parse(text), every))
-            yield f"mesh {index}", on_mesh(first, program)._asdict()
-        except (UserError, ValueError) as error:
-            yield f"mesh {index}", {"error": str(error)}
-    for index, more in enumerate(request["settings"]):
-        try:
-            each = experiment(more)
-            program = build(each, make_mesh(MeshShape(1, 1, 1), every[:1]))
-            yield f"setting {index}", setting(each, program)._asdict()
+            if kind == "mesh":
+                program = build(first, make_mesh(MeshShape.parse(request["meshes"][int(index)]), every))
+                yield name, on_mesh(first, program)._asdict()
+            else:
+                each = experiment(request["settings"][int(index)])
+                program = build(each, make_mesh(MeshShape(1, 1, 1), every[:1]))
+                yield name, setting(each, program)._asdict()
         except Exception as error:  # a kernel that refuses the shapes may raise anything
-            yield f"setting {index}", {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            yield name, {"error": _said(error)}
+
+
+def _begin(name: str) -> None:
+    print(f"begin {name}", file=sys.stderr, flush=True)
+
+
+def _said(error: Exception) -> str:
+    """An error in a line, with its type where it is not for people."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError | ValueError) else f"{type(error).__name__}: {text}"
 
 
 def tokens(program: Program) -> int:
@@ -241,10 +255,7 @@ def main(text: str) -> None:
         for name, record in facts(request) if "meshes" in request else answers(request):
             print(json.dumps({"name": name, "record": record}), flush=True)
     except Exception as error:  # whatever the configuration raises
-        said = " ".join(str(error).split())
-        if not isinstance(error, (UserError, ValueError)):
-            said = f"{type(error).__name__}: {said}"
-        print(json.dumps({"name": "mistake", "record": {"error": said}}), flush=True)
+        print(json.dumps({"name": "mistake", "record": {"error": _said(error)}}), flush=True)
 
 
 if __name__ == "__main__":

@@ -114,9 +114,11 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     """
     if slices < 1:
         raise UserError(f"--slices must be at least 1, got {slices}")
+    name, _, size = re.sub("-", ":", text, count=1).partition(":")
+    if slices > 1 and name not in TPUS:
+        raise UserError(f"--slices {slices}: only TPUs have slices, --topology is {text!r}")
     if text == HERE:
         return Topology(text, "here", None, 0)
-    name, _, size = re.sub("-", ":", text, count=1).partition(":")
     if name == CPU and size.isdigit() and int(size) > 0:
         return Topology(text, "here", None, int(size))
     if name in GPUS and size.isdigit() and int(size) > 0:
@@ -169,12 +171,12 @@ def ring(topology: Topology, coordinates: Sequence[Sequence[int]], slices: Seque
     Args:
         topology: it lies in.
         coordinates: of each device.
-        slices: index of the slice of each device.
+        slices: index of the slice of each device, of GPUs that of the host.
     """
     chip = topology.chip
     members = len(coordinates)
     if chip.dimensions == 0:
-        speed = chip.link if members <= SWITCHED else NETWORK
+        speed = chip.link if len(set(slices)) == 1 else NETWORK
         return Ring(members, speed, speed, 1)
     if len(set(slices)) > 1:
         return Ring(members, DATA_CENTRE, DATA_CENTRE, 1)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from odjax_kernels import hlo
 from odjax_kernels.hlo import Instruction
-from odjax_train.plan.chips import DATA_CENTRE, Topology, ring
+from odjax_train.plan.chips import DATA_CENTRE, SWITCHED, Topology, ring
 
 KINDS = (
     "all-gather",
@@ -154,7 +154,10 @@ def _seconds(kind: str, group: Sequence[int], sent: int, mesh: Mesh, topology: T
     if kind == "collective-permute":
         group = group[:2]
     coordinates = [getattr(devices[i], "coords", (i,)) for i in group]
-    slices = [getattr(devices[i], "slice_index", None) or 0 for i in group]
+    if topology.kind == "gpu":
+        slices = [devices[i].id // SWITCHED for i in group]
+    else:
+        slices = [getattr(devices[i], "slice_index", None) or 0 for i in group]
     links = ring(topology, coordinates, slices)
     if kind == "collective-permute":
         seconds = sent * links.hops / links.one_way

@@ -53,10 +53,11 @@ def compiler_environment() -> dict[str, str]:
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-    """Descriptions of the GPUs of a topology, hosts of eight, to compile for."""
+    """Descriptions of the GPUs of a topology, on equal hosts of up to eight, to compile for."""
     from jax.experimental import topologies
 
-    hosts = -(-topology.devices // SWITCHED)
+    least = -(-topology.devices // SWITCHED)
+    hosts = next(n for n in range(least, topology.devices + 1) if topology.devices % n == 0)
     described = topologies.get_topology_desc(
         platform="cuda",
         topology_name=topology.chip.name,

@@ -33,7 +33,8 @@ def seconds(program: Program, name: str, compiled: Callable[..., Any]) -> float:
     """
     if name == "init":
         return _median(lambda: compiled())
-    state = program.init()
+    with program.context():
+        state = program.init()
     if name == "evaluate":
         batch = made_up(program)
         return _median(lambda: compiled(state.params, state.collections, batch))

@@ -72,11 +72,11 @@ def largest(program: hlo.Program) -> tuple[Buffer, ...]:
         child
         for name, instructions in program.computations.items()
         for i in instructions
-        if i.opcode == "fusion"
+        if i.opcode in ("fusion", "fusion-start")
         for child, _ in hlo.children(program, name, i)
     }
     for name, i, _ in hlo.walk(program):
-        if name in fused or i.opcode in _NO_BUFFER or i.opcode.endswith(("-start", "-done")):
+        if name in fused or i.opcode in _NO_BUFFER or i.opcode.endswith(("-start", "-update")):
             continue
         for shape in i.shapes:
             if shape.space == HBM and shape.bytes:

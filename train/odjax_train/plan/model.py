@@ -39,8 +39,10 @@ class Setting(NamedTuple):
         largest: bytes of the largest array that is kept.
         weights: numbers in all parameters.
         trained: numbers in those that are trained.
-        tokens: rows of the products: tokens of a step, or examples.
+        tokens: rows of the products: examples of a step times the first dimension of one, its length in text.
         stream: bytes that cross the tensor axis in a step: the inputs of all layers, twice.
+        batch: examples of a step.
+        accumulate: microbatches of a step.
     """
 
     flops: int
@@ -50,6 +52,8 @@ class Setting(NamedTuple):
     trained: int
     tokens: int
     stream: int
+    batch: int
+    accumulate: int
 
 
 def on_mesh(experiment: Experiment, program: Program) -> OnMesh:
@@ -77,6 +81,8 @@ def setting(experiment: Experiment, program: Program) -> Setting:
         trained=_elements(free),
         tokens=tokens,
         stream=2 * 2 * tokens * layers * width,
+        batch=experiment.batch,
+        accumulate=experiment.accumulate,
     )
 
 

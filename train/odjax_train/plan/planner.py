@@ -81,13 +81,13 @@ def ask(
     parts: Sequence[str] | None = None,
     timeout: float = 1800.0,
 ) -> Plan:
-    """A configuration compiled for a TPU topology, in a process of its own.
+    """A configuration compiled for a topology, in a process of its own.
 
     A part that takes the compiler down, or does not fit into the memory, is one with an error.
 
     Args:
         config: with the flags that were typed for it.
-        topology: of TPUs.
+        topology: of devices.
         mesh: data,fsdp,tensor; None for the configuration's own.
         flags: more flags of the configuration, which win over its own.
         parts: what to compile; None for everything.
@@ -98,11 +98,11 @@ def ask(
     """
     request = {**_request(config, topology, flags), "mesh": mesh}
     with _asked(topology, timeout) as said:
-        head = said({**request, "parts": ["head"]}, ["head"])["head"]
+        head = said(request, ["head"])["head"]
         if isinstance(head, str):
             raise UserError(f"the configuration could not be built for {topology.name}: {head}")
         names = list(parts or head["parts"])
-        found = said({**request, "parts": names}, names)
+        found = said(request, names)
     return Plan(
         config=str(config.path),
         flags=(*config.flags, *flags),
@@ -174,8 +174,8 @@ def _asked(topology: Topology, timeout: float) -> Iterator[Callable[..., dict[st
 
     def said(request: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         def command(missing: Sequence[str]) -> list[str]:
-            left = {"parts": list(missing)} if "parts" in request else {}
-            return [sys.executable, "-m", "odjax_train.plan.child", json.dumps({**request, **left})]
+            asked = json.dumps({**request, "parts": list(missing)})
+            return [sys.executable, "-m", "odjax_train.plan.child", asked]
 
         found = aot.run_apart(command, names, environment=environment, timeout=timeout)
         if "mistake" in found:

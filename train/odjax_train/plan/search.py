@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import platform
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from odjax_train.plan.planner import ask, ask_facts, versions
 
 TENSOR = 16  # parts of the tensor axis that are tried at most
 MICROBATCHES = (1, 2, 4, 8, 16)
+TRACING = 3600.0  # seconds for all estimates at least, however little a compilation may take
 SLACK = 1.5  # an estimate of memory above the chip's by more than that is not compiled
 KERNELS = {"tpu": ("splash",), "gpu": (), "here": ("cudnn",)}  # cuDNN is looked for when it is traced
 
@@ -48,10 +50,9 @@ class Candidate(NamedTuple):
         """The configuration's flags as they are typed."""
         return [word for name, value in self.flags for word in (f"--{name}", value)]
 
-    @property
-    def accumulate(self) -> int:
-        """Microbatches of a step, 1 where that is no flag."""
-        return int(dict(self.flags).get("accumulate", 1))
+    def accumulate(self, otherwise: int = 1) -> int:
+        """Microbatches of a step; what is given where they are none of its flags."""
+        return int(dict(self.flags).get("accumulate", otherwise))
 
     @property
     def setting(self) -> tuple[tuple[str, str], ...]:
@@ -127,14 +128,27 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
         word.split("=")[0].lstrip("-").replace("-", "_") for word in config.flags if word.startswith("--")
     }
     parameters = inspect.signature(config.function).parameters
-    free = [name for name in ("remat", "attention", "accumulate") if name in parameters and name not in typed]
+    kinds = {"remat": str, "attention": str | None, "accumulate": int}
+    free = [
+        name
+        for name, kind in kinds.items()
+        if name in config.arguments
+        and name not in typed
+        and isinstance(config.arguments[name], kind)
+        and not isinstance(config.arguments[name], bool)
+    ]
+    more = {
+        "remat": [name for name in REMAT_POLICIES if name != "offload"],
+        "attention": KERNELS[topology.kind],
+    }
     values: dict[str, list[str]] = {}
-    if "remat" in free:
-        values["remat"] = [name for name in REMAT_POLICIES if name != "offload"]
-    if "attention" in free:
-        allowed = _choices(parameters["attention"].annotation)
-        kernels = [name for name in KERNELS[topology.kind] if allowed is None or name in allowed]
-        values["attention"] = ["None", *kernels]
+    for name in free:
+        if name in more:
+            annotation = parameters[name].annotation
+            allowed = _choices(annotation)
+            others = [value for value in more[name] if allowed is None or value in allowed]
+            none = ["None"] if type(None) in typing.get_args(annotation) else []
+            values[name] = list(dict.fromkeys([str(config.arguments[name]), *none, *others]))
     if "accumulate" in free:
         batch = config.arguments.get("batch")
         values["accumulate"] = [str(n) for n in MICROBATCHES if batch is None or batch % n == 0]
@@ -179,9 +193,11 @@ def search(
     if not known:
         raise UserError(f"no mesh fits: {reasons}")
     tried = []
-    for candidate, estimate in itertools.islice(promising(known, topology), compiles):
-        progress(len(tried), min(compiles, len(known)), candidate.line)
+    chosen = list(itertools.islice(promising(known, topology), compiles))
+    for candidate, estimate in chosen:
+        progress(len(tried), len(chosen), candidate.line)
         tried.append(_compiled(config, topology, candidate, estimate, cache, timeout))
+    progress(len(tried), len(chosen), "done")
     return sorted(tried, key=lambda each: (each.seconds, each.bytes))
 
 
@@ -196,7 +212,7 @@ def promising(known: dict[Candidate, Estimate], topology: Topology) -> Iterator[
     fitting = {candidate: each for candidate, each in known.items() if each.bytes <= limit}
     if fitting:
         yield from sorted(
-            fitting.items(), key=lambda pair: (pair[1].seconds, pair[0].accumulate, pair[1].bytes)
+            fitting.items(), key=lambda pair: (pair[1].seconds, pair[0].accumulate(), pair[1].bytes)
         )
     else:
         yield from sorted(known.items(), key=lambda pair: pair[1].bytes)
@@ -217,15 +233,16 @@ def _compiled(
     file = cache / f"{_digest(config, topology, candidate.line)}.json"
     if file.is_file():
         known = json.loads(file.read_text())
-        plan = from_json(known["plan"]) if known["plan"] else None
-        return Tried(candidate, estimate, plan, known["error"])
+        if not known["error"] or timeout <= known["timeout"]:  # what failed may do with more time
+            plan = from_json(known["plan"]) if known["plan"] else None
+            return Tried(candidate, estimate, plan, known["error"])
     plan, error = None, ""
     try:
         plan = ask(config, topology, candidate.mesh, flags=candidate.typed, parts=("step",), timeout=timeout)
         error = plan.part("step").error
     except (UserError, RuntimeError) as said:
         error = str(said).splitlines()[0]
-    _keep(file, {"plan": to_json(plan) if plan else None, "error": error})
+    _keep(file, {"plan": to_json(plan) if plan else None, "error": error, "timeout": timeout})
     return Tried(candidate, estimate, plan, error)
 
 
@@ -239,7 +256,7 @@ def estimates(
         topology: of devices.
         every: the candidates.
         cache: folder for the answers.
-        timeout: seconds for all.
+        timeout: seconds for a process, an hour at least.
 
     Returns:
         candidate -> estimate, for those that can be built; and a reason why others cannot.
@@ -251,23 +268,22 @@ def estimates(
         on_mesh, by_flags = json.loads(file.read_text())
     else:
         typed = [[word for name, value in each for word in (f"--{name}", value)] for each in settings]
-        on_mesh, by_flags = ask_facts(config, topology, places, typed, timeout=timeout)
+        on_mesh, by_flags = ask_facts(config, topology, places, typed, timeout=max(timeout, TRACING))
         _keep(file, [on_mesh, by_flags])
     on_mesh, by_flags = dict(zip(places, on_mesh, strict=True)), dict(zip(settings, by_flags, strict=True))
-    batch = config.arguments.get("batch")
     found, reasons = {}, []
     for each in every:
         place, flags = on_mesh[each.mesh], by_flags[each.setting]
         mesh = tuple(map(int, each.mesh.split(",")))
-        broken = place.get("error") or flags.get("error")
-        if not broken and batch is not None and batch // each.accumulate % (mesh[0] * mesh[1]):
-            broken = f"batch {batch} in {each.accumulate} microbatches does not divide by {mesh[0] * mesh[1]}"
-        if broken:
+        if broken := place.get("error") or flags.get("error"):
             reasons.append(broken)
-        else:
-            found[each] = Estimate(
-                *expected(OnMesh(**place), Setting(**flags), mesh, each.accumulate, topology)
-            )
+            continue
+        known = Setting(**flags)
+        accumulate, rows = each.accumulate(known.accumulate), mesh[0] * mesh[1]
+        if known.batch % accumulate or known.batch // accumulate % rows:
+            reasons.append(f"batch {known.batch} in {accumulate} microbatches does not divide by {rows}")
+            continue
+        found[each] = Estimate(*expected(OnMesh(**place), known, mesh, accumulate, topology))
     return found, reasons[0] if reasons else ""
 
 
@@ -295,4 +311,6 @@ def _digest(config: Config, topology: Topology, what: str) -> str:
         what,
         code.hexdigest(),
     ]
+    if topology.kind == "here":  # measured: of this machine alone
+        parts.append(platform.node())
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -162,7 +163,7 @@ def _buffers(plan: Plan) -> Table:
         if part.name != "init":
             rows += [(buffer, part.name) for buffer in part.largest[:4]]
     for buffer, where in rows:
-        table.add_row(buffer.name, format_bytes(buffer.bytes), buffer.shape, where)
+        table.add_row(escape(buffer.name), format_bytes(buffer.bytes), buffer.shape, where)
     return table
 
 
@@ -175,13 +176,13 @@ def search_table(tried: Sequence[Tried], front: Sequence[Tried]) -> Group:
         ran = step is not None and not step.error
         use = step.utilization(each.plan.chip) if ran else 0.0
         table.add_row(
-            ("* " if each in front else "  ") + each.candidate.line,
+            escape(("* " if each in front else "  ") + each.candidate.line),
             duration(step.seconds) if ran else "-",
             f"{use:.1%}" if use else "-",
             format_bytes(step.peak) if ran else "-",
             f"{duration(each.estimate.seconds)}, {format_bytes(int(each.estimate.bytes))}",
-            "" if ran else (problem(step) if step is not None else each.error)[:60],
+            "" if ran else escape((problem(step) if step is not None else each.error)[:60]),
         )
     best = front[0].candidate.line if front else "nothing that was compiled fits"
     legend = Text("* nothing else is better in both time and memory", style="dim")
-    return Group(table, legend, Text(best, style="bold"))
+    return Group(table, legend, Text(best, style="bold", no_wrap=True, overflow="ignore"))
