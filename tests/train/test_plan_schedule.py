@@ -34,9 +34,9 @@ class Device:
 FUSED = "%f (x: f32[1024,1024]) -> f32[1024,1024] {\n  ROOT %x = f32[1024,1024]{1,0} parameter(0)\n}\n"
 
 
-def mesh_of(*shape):
+def mesh_of(*shape, kind="fake"):
     rows, columns = TOPOLOGY.sizes
-    found = [Device(i, (i // columns, i % columns, 0)) for i in range(rows * columns)]
+    found = [Device(i, (i // columns, i % columns, 0), device_kind=kind) for i in range(rows * columns)]
     devices = np.empty(len(found), object)
     devices[:] = found
     return Mesh(devices.reshape(shape), ("data", "fsdp", "tensor"))

@@ -93,6 +93,8 @@ def test_no_function_moves_a_stack_of_weights(method, function):
 def test_options_for_the_compiler_go_to_tpus_alone():
     assert compiler_options(make_mesh(MeshShape(1, 8, 1))) == {}
     assert compiler_options(mesh_of(1, 16, 1)) == TPU_OPTIONS
+    more = compiler_options(mesh_of(1, 16, 1, kind="TPU v6 lite"))
+    assert more == {**TPU_OPTIONS, "xla_tpu_scoped_vmem_limit_kib": 65_536}
 
 
 def test_what_is_computed_while_tracing_runs_where_there_are_devices():

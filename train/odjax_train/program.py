@@ -34,6 +34,8 @@ from odjax_train.tasks import Batch, Sums, add
 # A product whose weight is divided waits for all of it: the compiler's own choice, a loop that multiplies the
 # part of a neighbour at a time, takes up to 3.5 times the cycles by its own estimates.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+# More of the vector memory for one operation: a step of 7B with adapters takes an eighth less by the estimates.
+KIND_OPTIONS = {"TPU v6 lite": {"xla_tpu_scoped_vmem_limit_kib": 65_536}}
 
 
 class TrainState(NamedTuple):
@@ -153,7 +155,8 @@ def _averaged(experiment: Experiment, params: Any, ema: Any) -> Any:
 
 def compiler_options(mesh: Mesh) -> dict[str, int | str | bool]:
     """What the compiler is told besides the program, by the kind of the mesh's devices."""
-    return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
+    device = mesh.devices.flat[0]
+    return {**TPU_OPTIONS, **KIND_OPTIONS.get(device.device_kind, {})} if device.platform == "tpu" else {}
 
 
 def build(experiment: Experiment, mesh: Mesh) -> Program:
