@@ -34,7 +34,7 @@ from odjax_train.tasks import Batch, Sums, add
 # A product whose weight is divided waits for all of it: the compiler's own choice, a loop that multiplies the
 # part of a neighbour at a time, takes up to 3.5 times the cycles by its own estimates.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
-# More of the vector memory for one operation: a step of 7B with adapters takes an eighth less by the estimates.
+# More of the vector memory for one operation: by the estimates a step of an adapted 7B takes an eighth less.
 KIND_OPTIONS = {"TPU v6 lite": {"xla_tpu_scoped_vmem_limit_kib": 65_536}}
 
 
