@@ -26,6 +26,7 @@ NOTES = {
     "tpu": (
         "times are estimates: the compiler's cycles of each fusion, in the order of its schedule, loops as "
         "often as they run; what has no estimate counts by the bytes it touches",
+        "kernels of splash attention count the instruction words of their schedule, v4's and v5p's by v5e's",
         "the compiler gives no time for collectives: theirs is bytes over the bandwidth of their axis' "
         "links, beside the computation where the schedule starts them early; contention is not seen",
         _PRODUCTS,
