@@ -231,6 +231,8 @@ def trips(program: Program, computation: str, loop: Instruction) -> int | None:
     if known:
         return int(known[1])
     (condition,), (body,) = loop.called("condition"), loop.called("body")
+    if not {condition, body} <= program.computations.keys():
+        return None
     root = _root(program, condition)
     where, compare = condition, root
     outer: dict[int, str] = {}
@@ -337,20 +339,21 @@ def children(program: Program, computation: str, instruction: Instruction) -> li
 
     Returns:
       Pairs of a name and a number. Of a conditional every branch is one, once: whoever sums takes the largest
-      instead. A loop whose number of trips the text does not say counts once.
+      instead. A loop whose number of trips the text does not say counts once. Computations that the text does
+      not hold are left out.
     """
+    times, names = 1, ()
     if instruction.opcode == "while":
         count = trips(program, computation, instruction)
-        return [(instruction.called("body")[0], 1 if count is None else count)]
-    if instruction.opcode == "conditional":
-        branches = instruction.called("branch_computations") or (
+        times, names = 1 if count is None else count, instruction.called("body")
+    elif instruction.opcode == "conditional":
+        names = instruction.called("branch_computations") or (
             *instruction.called("true_computation"),
             *instruction.called("false_computation"),
         )
-        return [(name, 1) for name in branches]
-    if instruction.opcode.removesuffix("-start") in ("fusion", "call", "async"):
-        return [(name, 1) for name in instruction.called("calls") or instruction.called("to_apply")]
-    return []
+    elif instruction.opcode.removesuffix("-start") in ("fusion", "call", "async"):
+        names = instruction.called("calls") or instruction.called("to_apply")
+    return [(name, times) for name in names if name in program.computations]
 
 
 def walk(program: Program) -> Iterator[tuple[str, Instruction, float]]:

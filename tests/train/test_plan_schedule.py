@@ -248,6 +248,8 @@ def test_a_group_of_one_moves_nothing():
         ("replica_groups=[2,2]<=[4], x", (0, 1)),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", (0, 2)),
         ("source_target_pairs={{0,3},{3,2},{2,1},{1,0}}", (0, 3, 2, 1)),
+        ("source_target_pairs={{0,0},{1,2},{2,1},{3,3}}", (1, 2)),
+        ("source_target_pairs={{0,0},{1,1}}", (0,)),
         ("replica_groups={}, x", (0, 1, 2, 3)),
     ],
 )

@@ -67,7 +67,8 @@ def first_group(text: str, devices: int) -> tuple[int, ...]:
     """
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
     if pairs:
-        targets = dict(tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
+        every = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
+        targets = {source: target for source, target in every if source != target}
         if not targets:
             return (0,)
         start = here = next(iter(targets))

@@ -55,6 +55,11 @@ def check_compiler() -> None:
     Raises:
         UserError: saying what to install.
     """
+    given = os.environ.get("TPU_LIBRARY_PATH")
+    if given and not os.path.isfile(given):
+        raise UserError(
+            f"TPU_LIBRARY_PATH is {given}, which is no file: libtpu.so, the TPU compiler, or unset it"
+        )
     if not aot.is_available():
         raise UserError("libtpu, the TPU compiler, is not installed: pip install 'odjax[aot]'")
     wanted = next(
