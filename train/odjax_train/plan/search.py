@@ -70,7 +70,7 @@ class Estimate(NamedTuple):
 
     Attributes:
         bytes: of the memory.
-        seconds: of a step.
+        seconds: of a step; its operations instead, where nothing is known of the devices' speed.
     """
 
     bytes: float

@@ -171,6 +171,7 @@ def search_table(tried: Sequence[Tried], front: Sequence[Tried]) -> Group:
     """What a search tried, and what of it is worth having."""
     columns = ["flags", "time", "MFU", "peak of a device", "expected", "said"]
     table = _table("tried, the fastest first", columns)
+    known = any(each.plan and each.plan.chip for each in tried)  # else the estimates are no seconds
     for each in tried:
         step = each.plan.part("step") if each.plan else None
         ran = step is not None and not step.error
@@ -180,7 +181,8 @@ def search_table(tried: Sequence[Tried], front: Sequence[Tried]) -> Group:
             duration(step.seconds) if ran else "-",
             f"{use:.1%}" if use else "-",
             format_bytes(step.peak) if ran else "-",
-            f"{duration(each.estimate.seconds)}, {format_bytes(int(each.estimate.bytes))}",
+            (f"{duration(each.estimate.seconds)}, " if known else "")
+            + format_bytes(int(each.estimate.bytes)),
             "" if ran else escape((problem(step) if step is not None else each.error)[:60]),
         )
     best = front[0].candidate.line if front else "nothing that was compiled fits"
