@@ -89,7 +89,7 @@ def setting(experiment: Experiment, program: Program) -> Setting:
 def expected(
     place: OnMesh, flags: Setting, mesh: tuple[int, int, int], accumulate: int, topology: Topology
 ) -> tuple[float, float]:
-    """Bytes and seconds of a step on one device; of a device nothing is known of, operations of the step instead.
+    """Bytes and seconds of a step on one device; its operations for seconds, where the speed is not known.
 
     Memory: state, gradient, what a microbatch keeps, and the largest of that twice more. Time: the products
     at 0.6 of the peak rate, less where a device has few rows; in bfloat16, gathers of the parameters over
