@@ -174,6 +174,7 @@ def answers(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 "memory": memory,
                 "largest": [buffer._asdict() for buffer in biggest],
                 "parts": list(compiled),
+                "kind": mesh.devices.flat[0].device_kind,
             }
             yield name, head
             continue

@@ -146,6 +146,15 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     return Topology(f"{name}:{size}", "tpu", chip, math.prod(sizes) * cores * slices, sizes, slices)
 
 
+def gpu_of_kind(kind: str) -> Chip | None:
+    """What is known of a GPU by the name that JAX gives its kind, None for others.
+
+    >>> gpu_of_kind("NVIDIA H100 80GB HBM3").name
+    'h100'
+    """
+    return next((chip for name, chip in GPUS.items() if name.upper() in kind), None)
+
+
 class Ring(NamedTuple):
     """The links along which a group of devices communicates.
 

@@ -18,7 +18,7 @@ from odjax_kernels import aot
 from odjax_train.config import Config
 from odjax_train.errors import UserError
 from odjax_train.plan import gpu
-from odjax_train.plan.chips import Topology
+from odjax_train.plan.chips import Topology, gpu_of_kind
 from odjax_train.plan.parts import Buffer, Part, Plan, part_from_json
 
 _PRODUCTS = "FLOPs are those of the products; MFU counts what the model needs once, attention in full"
@@ -113,7 +113,7 @@ def ask(
         config=str(config.path),
         flags=(*config.flags, *flags),
         topology=topology.name,
-        chip=topology.chip,
+        chip=topology.chip or gpu_of_kind(head["kind"]),
         devices=head["devices"],
         mesh=tuple(head["mesh"]),
         batch=head["batch"],
