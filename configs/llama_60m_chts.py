@@ -102,7 +102,7 @@ def experiment(
         attention: implementation; None: JAX's choice. `splash` is a kernel for TPUs, `cudnn` one for GPUs.
         accumulate: microbatches a step.
         source: the text.
-        tokenizer: a `tokenizer.json`, or `byte`.
+        tokenizer: a `tokenizer.json`, `byte`, or for a plan the size alone, `vocab:32000`.
         seed: of everything random.
     """
     text = load_tokenizer(tokenizer)

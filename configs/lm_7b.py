@@ -45,7 +45,7 @@ def experiment(
         remat: what is kept of a layer's activations for the backward pass.
         attention: implementation; None: JAX's choice. `splash` is a kernel for TPUs, `cudnn` one for GPUs.
         source: the text.
-        tokenizer: a `tokenizer.json`, or `byte`.
+        tokenizer: a `tokenizer.json`, `byte`, or for a plan the size alone, `vocab:32000`.
         seed: of everything random.
     """
     schedule = optax.warmup_cosine_decay_schedule(
