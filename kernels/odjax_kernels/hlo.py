@@ -150,6 +150,7 @@ def parse(text: str) -> Program:
       ValueError: there is no entry computation in it.
 
     Example:
+      >>> import jax, jax.numpy as jnp
       >>> program = parse(jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile().as_text())
       >>> flops(program)
       128

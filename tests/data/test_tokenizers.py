@@ -70,7 +70,7 @@ def test_the_separator_can_be_named_or_declared_beside_the_file(tokenizer_file, 
 
 
 def test_tokenizer_errors_name_the_file(tokenizer_file, tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer /no/such\.json: no such file; give `byte` or the path"):
+    with pytest.raises(UserError, match=r"tokenizer /no/such\.json: no such file; give `byte`, the path of"):
         load_tokenizer("/no/such.json")
     with pytest.raises(UserError, match=r"tokenizer .*nothing\.json: cannot read it"):
         _ = HuggingFaceTokenizer(tmp_path / "nothing.json").vocab
