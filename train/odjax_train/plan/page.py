@@ -8,7 +8,7 @@ from pathlib import Path
 from odjax.core import format_bytes
 from odjax_train.errors import UserError
 from odjax_train.plan.parts import Part, Plan, from_json
-from odjax_train.plan.table import duration, operations, problem, shares, verdict
+from odjax_train.plan.table import TRAFFIC, duration, operations, problem, shares, traffic, verdict
 
 NAME = "plan.json"
 
@@ -69,21 +69,8 @@ def _functions(plan: Plan) -> str:
 
 
 def _collectives(parts: Sequence[Part]) -> str:
-    names = ("function", "collective", "axis", "count", "sent", "largest array", "alone")
-    rows = [
-        [
-            part.name,
-            each.kind,
-            each.axis,
-            f"{each.count:.0f}",
-            format_bytes(each.sent),
-            format_bytes(each.largest),
-            duration(each.seconds),
-        ]
-        for part in parts
-        for each in part.traffic
-    ]
-    return f"<details><summary>Collectives</summary>{_table(names, rows)}</details>" if rows else ""
+    rows = traffic(parts)
+    return f"<details><summary>Collectives</summary>{_table(TRAFFIC, rows)}</details>" if rows else ""
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

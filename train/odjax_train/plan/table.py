@@ -137,22 +137,30 @@ def shares(part: Part) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shown if share >= 0.005)
 
 
+TRAFFIC = ("function", "kind", "axis", "count", "bytes sent", "largest array", "alone they take")
+
+
+def traffic(parts: Sequence[Part]) -> list[tuple[str, ...]]:
+    """The collectives of some functions, a row each, in the columns of `TRAFFIC`."""
+    return [
+        (
+            part.name,
+            each.kind,
+            each.axis,
+            f"{each.count:.0f}",
+            format_bytes(each.sent),
+            format_bytes(each.largest),
+            duration(each.seconds),
+        )
+        for part in parts
+        for each in part.traffic
+    ]
+
+
 def _traffic(plan: Plan) -> Table:
-    table = _table(
-        "collectives, a device",
-        ["function", "kind", "axis", "count", "bytes sent", "largest array", "alone they take"],
-    )
-    for part in plan.parts:
-        for each in part.traffic:
-            table.add_row(
-                part.name,
-                each.kind,
-                each.axis,
-                f"{each.count:.0f}",
-                format_bytes(each.sent),
-                format_bytes(each.largest),
-                duration(each.seconds),
-            )
+    table = _table("collectives, a device", TRAFFIC)
+    for row in traffic(plan.parts):
+        table.add_row(*row)
     return table
 
 
