@@ -342,6 +342,37 @@ def compile_cases(
     }
 
 
+def run_script(text: str, *, timeout: float = 600.0) -> str:
+    """Runs a program that compiles for TPUs, in a process of its own.
+
+    Args:
+      text: of a Python program.
+      timeout: seconds.
+
+    Returns:
+      What it prints.
+
+    Raises:
+      RuntimeError: it failed, with the end of what it said.
+
+    Example:
+      >>> run_script("print(6 * 7)") if is_available() else "42"
+      '42'
+    """
+    with one_at_a_time():
+        run = subprocess.run(
+            [sys.executable, "-c", text],
+            env=compiler_environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    if run.returncode:
+        raise RuntimeError(run.stderr[-3000:])
+    return run.stdout.strip()
+
+
 def run_apart(
     command: Callable[[Sequence[str]], Sequence[str]],
     names: Sequence[str],

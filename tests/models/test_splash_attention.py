@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
@@ -293,16 +291,7 @@ print(json.dumps({"kernels": sorted(calls), "shapes": shapes}))
 @pytest.mark.slow
 @pytest.mark.skipif(not aot.is_available(), reason="libtpu is not installed (pip install 'odjax[aot]')")
 def test_a_scanned_step_on_a_mesh_compiles_for_tpu_with_each_kernel_once():
-    with aot.one_at_a_time():
-        run = subprocess.run(
-            [sys.executable, "-c", STEP],
-            env=aot.compiler_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert run.returncode == 0, run.stderr[-3000:]
-    report = json.loads(run.stdout.splitlines()[-1])
+    report = json.loads(aot.run_script(STEP).splitlines()[-1])
     # Every device has two rows of eight, and two heads of four; the gradients of queries are one array for
     # each block of keys.
     assert report["kernels"] == [
