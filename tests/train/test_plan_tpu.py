@@ -89,7 +89,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from odjax_kernels import hlo
+from odjax_kernels import hlo, hlo_flops
 from odjax_train.plan.chips import parse_topology
 from odjax_train.plan.schedule import play
 
@@ -103,7 +103,7 @@ for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
         loop = lambda a, w: jax.lax.scan(lambda a, b: (a @ b, None), a, w)[0]
         program = hlo.parse(jax.jit(loop).lower(x, w).compile().as_text())
         seconds = play(program, mesh, parse_topology(name)).use.seconds
-        found.setdefault(name, {})[times] = [hlo.flops(program), seconds]
+        found.setdefault(name, {})[times] = [hlo_flops.flops(program), seconds]
 print(json.dumps(found))
 """.replace("SIZE", str(SIZE))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from odjax_kernels import hlo
+from odjax_kernels import hlo, hlo_flops
 from odjax_train import config as configs
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
@@ -84,7 +84,7 @@ def report(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        flops=hlo.flops(parsed),
+        flops=hlo_flops.flops(parsed),
         model_flops=needed,
         kernels=dict(Counter(calls(parsed))),
         largest=largest(parsed),

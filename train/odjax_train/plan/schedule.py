@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from odjax_kernels import hlo
+from odjax_kernels import hlo, hlo_flops
 from odjax_kernels.hlo import HBM, Instruction, Program
 from odjax_train.plan.chips import Topology
 from odjax_train.plan.collectives import Collective, between_slices, collective, kind_of
@@ -242,7 +242,7 @@ class _Player:
             return "kernels", attention
         seconds = self._touched(i, shapes) / self.chip.bandwidth
         if not self.chip.clock:  # no compiler's estimate at all: the roofline
-            needed = hlo.instruction_flops(self.program, name, i) / self.chip.flops
+            needed = hlo_flops.instruction_flops(self.program, name, i) / self.chip.flops
             if needed:
                 return "compute", max(needed, seconds)
         if (
