@@ -230,6 +230,10 @@ def test_a_compiler_that_jax_does_not_go_with_is_refused(monkeypatch):
         (("--topology", "cpu:4", "--search", "--mesh", "4,1,1"), "--search tries meshes"),
         (("--topology", "cpu:4", "--search", "--compiles", "0"), "--compiles must be at least 1"),
         (("--slices", "0"), "--slices must be at least 1"),
+        (
+            ("--topology", "cpu:4", "--out", "/proc/none/plan.json"),
+            "--out /proc/none/plan.json: cannot be written",
+        ),
         (("--slices", "2", "--topology", "h100:8"), "only TPUs have slices"),
         (("--timeout", "0"), "--timeout must be at least 1"),
         (("--out", "."), "--out . is a folder"),

@@ -132,13 +132,19 @@ def plan(arguments: list[str]) -> int:
         raise UserError(f"--timeout must be at least 1, got {options.timeout}")
     if options.out is not None and options.out.is_dir():
         raise UserError(f"--out {options.out} is a folder; give a file, such as {options.out / 'plan.json'}")
-    config.experiment()  # what is wrong with the flags is said before anything is started
+    # What is wrong with the flags is said before anything is started.
+    config.experiment()
+    if options.out is not None:
+        try:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {options.out}: cannot be written: {error.strerror or error}") from error
     if options.search:
         return _search(config, topology, options)
     found = ask(config, topology, options.mesh, timeout=options.timeout)
-    _write_plan(to_json(found), options)
     if not options.json:
         show(found)
+    _write_plan(to_json(found), options)
     return 0 if found.fits else 1
 
 
@@ -184,9 +190,9 @@ def _search(config: configs.Config, topology: Any, options: PlanFlags) -> int:
         }
         for each in tried
     ]
-    _write_plan({"tried": records, "pareto": [each.candidate.line for each in front]}, options)
     if not options.json:
         Console().print(search_table(tried, front))
+    _write_plan({"tried": records, "pareto": [each.candidate.line for each in front]}, options)
     return 0 if front else 1
 
 
@@ -194,11 +200,13 @@ def _write_plan(document: dict[str, Any], options: PlanFlags) -> None:
     from odjax_train.run_folder import write_text
 
     text = json.dumps(document)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.out, text + "\n")
     if options.json:
         print(text)
+    if options.out is not None:
+        try:
+            write_text(options.out, text + "\n")
+        except OSError as error:
+            raise UserError(f"--out {options.out}: cannot be written: {error.strerror or error}") from error
 
 
 def generate(arguments: list[str]) -> int:
