@@ -90,28 +90,25 @@ class Played(NamedTuple):
     unknown_loops: int
 
 
-def play(
-    program: Program, mesh: Mesh, topology: Topology, kernels: Mapping[str, float] | None = None
-) -> Played:
+def play(program: Program, mesh: Mesh, topology: Topology) -> Played:
     """Plays a program compiled for a TPU.
 
     Args:
         program: as `odjax_kernels.hlo.parse` reads it.
         mesh: the device mesh it was compiled for.
         topology: of the mesh's devices.
-        kernels: name of a Pallas kernel's instruction -> its cycles, where they are known.
 
     Returns:
         Where its time goes, and its collectives.
     """
-    player = _Player(program, mesh, topology, dict(kernels or {}))
+    player = _Player(program, mesh, topology)
     use = player.played(program.entry)
     return Played(use, tuple(player.found(program.entry)), player.guesses(program.entry), player.unknown)
 
 
 class _Player:
-    def __init__(self, program: Program, mesh: Mesh, topology: Topology, kernels: dict[str, float]) -> None:
-        self.program, self.mesh, self.topology, self.kernels = program, mesh, topology, kernels
+    def __init__(self, program: Program, mesh: Mesh, topology: Topology) -> None:
+        self.program, self.mesh, self.topology = program, mesh, topology
         self.chip = topology.chip
         self.known: dict[str, Use] = {}
         self.own: dict[str, list[Collective]] = {}
@@ -235,8 +232,6 @@ class _Player:
         if inner:
             return "compute", sum(inner) / self.chip.clock
         kind = i.target or i.opcode
-        if i.target == "tpu_custom_call" and i.name in self.kernels:
-            return "kernels", self.kernels[i.name] / self.chip.clock
         attention = attention_seconds(i, shapes, self.chip) if i.target == "tpu_custom_call" else None
         if attention is not None:
             return "kernels", attention
