@@ -1,8 +1,8 @@
 """Compiled programs read from their text: instructions in the order of the schedule, and how often each runs.
 
 XLA counts the body of a loop once, in `cost_analysis` and in its estimates. Here a loop counts as often as it
-runs, where its condition says so: an integer that grows by a constant and is compared with one. A start that is
-computed counts as 0, so that the number of trips is then an upper bound.
+runs, where its condition says so: an integer that grows by a constant and is compared with one. A start that
+is computed counts as 0, so that the number of trips is then an upper bound.
 
 Source: the text format of XLA's HLO.
 """
