@@ -91,6 +91,8 @@ def pack(mask: jax.Array) -> jax.Array:
     target = packed_shape(mask.shape)
     axis = packed_axis(mask.shape)
     groups, words = _tiling(mask.shape[axis])
+    # The TPU compiler dies of some fusions of the mask's own computation with its words.
+    mask = jax.lax.optimization_barrier(mask)
     padding = [(0, 0)] * mask.ndim
     padding[axis] = (0, groups * words * _BITS - mask.shape[axis])
     head, tail = mask.shape[:axis], mask.shape[axis + 1 :]
