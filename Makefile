@@ -30,7 +30,7 @@ aot: $(READY) $(LIBTPU)/.ready  ## kernels compiled ahead of time for every kind
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
 	  --target $(VENV)/cuda --upgrade jax-cuda13-plugin jax-cuda13-pjrt
 	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/train/test_plan_gpu.py
-	TPU_LIBRARY_PATH=$(CURDIR)/$(LIBTPU)/libtpu/libtpu.so $(BIN)/python -m pytest -m '' tests/kernels/test_aot.py
+	TPU_LIBRARY_PATH=$(CURDIR)/$(LIBTPU)/libtpu/libtpu.so $(BIN)/python -m pytest -m '' tests/kernels/test_aot.py tests/train/test_plan_tpu.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import math
 import os
 import re
@@ -40,6 +39,7 @@ from odjax.heads.codes import ClassCode
 from odjax.heads.hadamard import hadamard_logits
 from odjax.heads.vocab import CHUNK, code_cross_entropy
 from odjax.models.decoder import Decoder
+from odjax_kernels import aot
 
 KEY = jax.random.key(0)
 SCALE = 16.0
@@ -402,19 +402,11 @@ def main() -> None:
     args.width = args.width or (2048 if args.topology else 1024)
     args.tokens = args.tokens or (8 * 2048 if args.topology else 512)
     if args.topology:
-        libtpu = importlib.util.find_spec("libtpu")
-        if libtpu is None:
+        if not aot.is_available():
             parser.error("libtpu is not installed: pip install 'odjax[aot]'")
-        setting = {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_LIBRARY_PATH": f"{libtpu.submodule_search_locations[0]}/libtpu.so",
-        }
+        setting = aot.compiler_environment()
         if not setting.items() <= os.environ.items():  # jax reads them when it is imported
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **setting})
+            os.execve(sys.executable, [sys.executable, *sys.argv], setting)
         ahead_of_time(args)
     elif args.sweep:
         sweep(args)

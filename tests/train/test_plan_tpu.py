@@ -121,6 +121,16 @@ def test_a_product_takes_between_the_floor_and_twice_of_it_and_a_loop_as_often_a
         assert ten - five == pytest.approx(five, rel=0.2), name
 
 
+@pytest.mark.every_chip
+def test_the_change_of_links_of_the_sparse_llama_compiles_for_sixteen_chips():
+    # The compiler once died of the words of a mask fused with the mask.
+    file = pathlib.Path(__file__).parents[2] / "configs" / "llama_60m_chts.py"
+    config = parse(load(file), PlanFlags, ["--tokenizer", "vocab:32000"], "odjax plan")[0]
+    change = ask(config, parse_topology("v5e:4x4"), "1,16,1", parts=("topology",)).part("topology")
+    assert change.error == ""
+    assert change.temporaries < change.arguments
+
+
 def test_what_does_not_fit_says_by_how_much_and_what_is_large(planned):
     config = parse(
         load(pathlib.Path(planned.config)),
