@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from odjax.core import Statistic, check_key
+from odjax.core import Statistic, check_key, fold_path
 from odjax.federated.aggregate import Aggregator, Mask
 from odjax.federated.clients import RoundPlan
 from odjax.federated.local import Figures, LocalStep, Shared
@@ -81,13 +82,14 @@ def simulate_cohort(
         device holds all examples.
 
     Returns:
-      `(shared, private, data, plan, key, mask=None) -> CohortResult`. `private` has leading axes [lanes,
-      slots] and may be None; `mask` is a tree of zeros and ones like the delta. In the compiled program
-      devices exchange one sum, whatever the number of rows.
+      `(shared, private, data, plan, key, mask=None) -> CohortResult`, compiled, also where it is called
+      outside `jax.jit`. `private` has leading axes [lanes, slots] and may be None; `mask` is a tree of zeros
+      and ones like the delta. In the compiled program devices exchange one sum, whatever the number of rows.
 
     Raises:
       ValueError: `rows` is neither; lanes that the mesh axis does not divide; weights that are not 0 or 1 for
-        an aggregator that allows no others; a delta with leaves that are not floating.
+        an aggregator that allows no others; a plan of more examples than `data` has; a delta with leaves that
+        are not floating.
 
     Source: Granqvist et al. 2024, "pfl-research", section 3 (the parts of a round).
     """
@@ -98,7 +100,7 @@ def simulate_cohort(
         raise ValueError(f"the mesh has no axis {sorted(missing)}, it has {', '.join(mesh.axis_names)}")
     device = _Device(local, aggregator, axes if mesh is not None else ())
 
-    def check(private: Any, plan: RoundPlan, key: jax.Array) -> None:
+    def check(private: Any, data: Data, plan: RoundPlan, key: jax.Array) -> None:
         check_key(key)
         lanes = plan.lanes.member.shape[0]
         parts = 1
@@ -112,6 +114,15 @@ def simulate_cohort(
                     f"private state has leading axes {leaf.shape[:2]}, the plan has [lanes, slots] "
                     f"{plan.client.shape}"
                 )
+        if isinstance(plan.index, np.ndarray):
+            last = int(plan.index.max(initial=0))
+            for name, array in data.items():
+                have = array.shape[0] // (parts if local_data else 1)
+                if last >= have:
+                    raise ValueError(
+                        f"the plan takes example {last}, data[{name!r}] has {have} for a device: it is a plan of "
+                        f"other clients"
+                    )
         check_weights(aggregator, plan)
 
     def placed(function: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
@@ -122,38 +133,41 @@ def simulate_cohort(
         )
 
     whole, lanes = PartitionSpec(), PartitionSpec(axes)
-    by_row = PartitionSpec(None, axes)
     where_data = lanes if local_data else whole
-    plan_specs = RoundPlan(
-        lanes=LanePlan(lanes, by_row, by_row, by_row, by_row, by_row, lanes),
-        index=by_row,
-        mask=by_row,
-        client=lanes,
-        cohort=whole,
-        weight=lanes,
-        round=whole,
+    where_plan = plan_specs(axes)
+
+    def run(shared: Shared, private: Any, data: Data, plan: RoundPlan, key: jax.Array, mask: Mask) -> Any:
+        shared, data, key, mask, carry = device.begin(shared, private, data, plan, key, mask)
+        carry = jax.lax.fori_loop(
+            0,
+            jnp.max(plan.lanes.length),
+            lambda at, carry: device.row(at, carry, shared, data, plan, key, mask),
+            carry,
+        )
+        return device.end(carry)
+
+    run_all = jax.jit(
+        placed(run, (whole, lanes, where_data, where_plan, whole, whole), (whole, lanes, whole))
     )
 
     def compiled(
         shared: Shared, private: Any, data: Data, plan: RoundPlan, key: jax.Array, mask: Mask = None
     ) -> CohortResult:
-        check(private, plan, key)
-
-        def run(shared: Shared, private: Any, data: Data, plan: RoundPlan, key: jax.Array, mask: Mask) -> Any:
-            shared, data, key, mask, carry = device.begin(shared, private, data, plan, key, mask)
-            carry = jax.lax.fori_loop(
-                0,
-                jnp.max(plan.lanes.length),
-                lambda at, carry: device.row(at, carry, shared, data, plan, key, mask),
-                carry,
-            )
-            return device.end(carry)
-
-        run = placed(run, (whole, lanes, where_data, plan_specs, whole, whole), (whole, lanes, whole))
-        return CohortResult(*run(shared, private, data, plan, key, mask))
+        check(private, data, plan, key)
+        return CohortResult(*run_all(shared, private, data, plan, key, mask))
 
     if rows == "compiled":
         return compiled
+
+    def on_devices(tree: Any, specs: Any) -> Any:
+        if mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        each = jax.tree.broadcast(specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        return jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)) if isinstance(x, np.ndarray) else x,
+            tree,
+            each,
+        )
 
     # Between calls the carry of every device lies side by side, along a leading axis of devices.
     def begin(shared: Shared, private: Any, data: Data, plan: RoundPlan, key: jax.Array, mask: Mask) -> Any:
@@ -169,7 +183,7 @@ def simulate_cohort(
         mask: Mask,
     ) -> Any:
         shared, data, key, mask = device.varying((shared, data, key, mask))
-        carry = jax.tree.map(lambda x: x[0], carry)
+        carry = _only(carry)
         there = at < jnp.max(plan.lanes.length)
         carry = jax.lax.cond(
             there, lambda c: device.row(at, c, shared, data, plan, key, mask), lambda c: c, carry
@@ -177,9 +191,9 @@ def simulate_cohort(
         return _stacked(carry)
 
     def end(carry: _Carry) -> Any:
-        return device.end(jax.tree.map(lambda x: x[0], carry))
+        return device.end(_only(carry))
 
-    inputs = (whole, where_data, plan_specs, whole, whole)
+    inputs = (whole, where_data, where_plan, whole, whole)
     begin_all = jax.jit(placed(begin, (whole, lanes, *inputs[1:]), lanes))
     row_all = jax.jit(placed(row, (whole, lanes, *inputs), lanes), donate_argnums=1)
     end_all = jax.jit(placed(end, (lanes,), (whole, lanes, whole)))
@@ -187,14 +201,37 @@ def simulate_cohort(
     def called(
         shared: Shared, private: Any, data: Data, plan: RoundPlan, key: jax.Array, mask: Mask = None
     ) -> CohortResult:
-        check(private, plan, key)
+        check(private, data, plan, key)
         length = int(jax.device_get(plan.lanes.length).max())
+        # What the host holds goes to the devices once, and not with every row.
+        data, plan = on_devices(data, where_data), on_devices(plan, where_plan)
         carry = begin_all(shared, private, data, plan, key, mask)
         for at in range(length):
             carry = row_all(jnp.int32(at), carry, shared, data, plan, key, mask)
         return CohortResult(*end_all(carry))
 
     return called
+
+
+def plan_specs(axes: str | tuple[str, ...]) -> RoundPlan:
+    """How a round's plan is laid out over a mesh: by lane.
+
+    Args:
+      axes: mesh axis, or axes, of the lanes.
+
+    Returns:
+      A `RoundPlan` of `PartitionSpec`.
+    """
+    whole, lanes, by_row = PartitionSpec(), PartitionSpec(axes), PartitionSpec(None, axes)
+    return RoundPlan(
+        lanes=LanePlan(lanes, by_row, by_row, by_row, by_row, by_row, lanes),
+        index=by_row,
+        mask=by_row,
+        client=lanes,
+        cohort=whole,
+        weight=lanes,
+        round=whole,
+    )
 
 
 def check_weights(aggregator: Aggregator, plan: RoundPlan) -> None:
@@ -223,6 +260,10 @@ def _stacked(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[None], tree)
 
 
+def _only(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
 class _Device(NamedTuple):
     """The part of one device; `axes` are the mesh axes that are mapped by hand."""
 
@@ -247,9 +288,8 @@ class _Device(NamedTuple):
         """Inputs as the rows need them, and the first carry."""
         shared, data, key, mask, private = self.varying((shared, data, key, mask, private))
         lanes = plan.client.shape[0]
-        kept = jax.tree.map(lambda x: x[:, 0], private)
-        state = self._lanes(lambda own: self.local.init(shared, own), lanes)(kept)
         row = self._read(0, plan)
+        state = self._began(shared, private, row, lanes)
         _, figures = jax.eval_shape(lambda: self._stepped(state, shared, data, plan, key, row))
         delta, _, lifted = jax.eval_shape(lambda: self._finished(state, shared, mask, lanes))
         _check_delta(delta)
@@ -279,14 +319,13 @@ class _Device(NamedTuple):
         lane = jnp.arange(lanes)
 
         def started(state: Any) -> Any:
-            kept = jax.tree.map(lambda x: x[lane, row.slot], carry.private)
-            new = self._lanes(lambda own: self.local.init(shared, own), lanes)(kept)
-            return _where(row.first, new, state)
+            new = self._began(shared, carry.private, row, lanes)
+            return self.varying(new) if lanes == 1 else _where(row.first, new, state)
 
         state = jax.lax.cond(jnp.any(row.first), started, lambda state: state, carry.state)
-        stepped, figures = self._stepped(state, shared, data, plan, key, row)
-        # A single lane has a step in every row up to its length.
-        state = self.varying(stepped) if lanes == 1 else _where(row.active, stepped, state)
+        # A lane without a step takes one, too: nothing of it is kept, and its next client begins anew.
+        state, figures = self._stepped(state, shared, data, plan, key, row)
+        state = self.varying(state)
         sums = carry.figures
         if not self.aggregator.private:
             sums = _added(sums, figures, row.active)
@@ -296,8 +335,9 @@ class _Device(NamedTuple):
             delta, kept, lifted = self._finished(state, shared, mask, lanes)
             total = self._observed(total, delta, plan, row, key)
             place = jnp.where(row.last, row.slot, plan.client.shape[1])
+            by_lane = _stacked(kept) if lanes == 1 else kept
             private = jax.tree.map(
-                lambda x, new: x.at[lane, place].set(new.astype(x.dtype), mode="drop"), private, kept
+                lambda x, new: x.at[lane, place].set(new.astype(x.dtype), mode="drop"), private, by_lane
             )
             if not self.aggregator.private:
                 sums = _added(sums, lifted, row.last)
@@ -315,15 +355,18 @@ class _Device(NamedTuple):
             sums = jax.lax.psum(sums, self.axes)
         return sums[0], carry.private, sums[1]
 
+    # With more than one lane a state and all that comes of it have a leading axis of lanes. A single lane has
+    # none: the compiler would copy the parameters in every row to add it.
+
     def _lanes(self, function: Callable[..., Any], lanes: int) -> Callable[..., Any]:
-        """The function on each lane: batched, or for a single lane as it is."""
-        if lanes > 1:
-            return jax.vmap(function, axis_size=lanes)
+        """The function on each lane."""
+        return function if lanes == 1 else jax.vmap(function, axis_size=lanes)
 
-        def single(*args: Any) -> Any:
-            return _stacked(function(*jax.tree.map(lambda x: x[0], args)))
-
-        return single
+    def _began(self, shared: Shared, private: Any, row: _Row, lanes: int) -> Any:
+        """States of the clients of a row at their first step."""
+        kept = jax.tree.map(lambda x: x[jnp.arange(lanes), row.slot], private)
+        kept = _only(kept) if lanes == 1 else kept
+        return self._lanes(lambda own: self.local.init(shared, own), lanes)(kept)
 
     def _read(self, at: int | jax.Array, plan: RoundPlan) -> _Row:
         lanes = plan.lanes
@@ -340,7 +383,8 @@ class _Device(NamedTuple):
         def step(state: Any, batch: Data, mask: jax.Array, key: jax.Array) -> tuple[Any, Figures]:
             return self.local.step(state, shared, batch, mask, key)
 
-        return self._lanes(step, lanes)(state, batch, row.mask, keys)
+        inputs = (batch, row.mask, keys)
+        return self._lanes(step, lanes)(state, *(_only(inputs) if lanes == 1 else inputs))
 
     def _keys(self, key: jax.Array, plan: RoundPlan, row: _Row) -> jax.Array:
         client = jnp.asarray(plan.client)[jnp.arange(plan.client.shape[0]), row.slot]
@@ -358,7 +402,8 @@ class _Device(NamedTuple):
         return self._lanes(final, lanes)(state)
 
     def _statistic(self, deltas: Any, plan: RoundPlan) -> Statistic:
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), deltas)
+        lead = 0 if plan.client.shape[0] == 1 else 1
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[lead:], x.dtype), deltas)
         return self.aggregator.statistic(one, plan.cohort.size)
 
     def _observed(self, total: Any, deltas: Any, plan: RoundPlan, row: _Row, key: jax.Array) -> Any:
@@ -366,18 +411,21 @@ class _Device(NamedTuple):
         statistic = self._statistic(deltas, plan)
         lanes = jnp.arange(plan.client.shape[0])
         weight = jnp.where(row.last, jnp.asarray(plan.weight)[lanes, row.slot], 0.0)
+        if self.aggregator.uniform:
+            weight = (weight != 0).astype(jnp.float32)
         position = jnp.asarray(plan.lanes.member)[lanes, row.slot]
-        keys = self._keys(key, plan, row)
-        if plan.client.shape[0] == 1:
-            own = jax.tree.map(lambda x: x[0], (deltas, weight, position, keys))
-            return statistic.observe(total, *own)
+        # Not the keys of the steps, from which a loss draws.
+        keys = self._keys(fold_path(key, "observe"), plan, row)
 
-        def alone(delta: Any, weight: jax.Array, position: jax.Array, key: jax.Array) -> Any:
-            # A client in the middle of its steps may be anything, and must not get in by 0 x NaN.
+        def observed(total: Any, delta: Any, weight: jax.Array, position: jax.Array, key: jax.Array) -> Any:
+            # Without weight a delta may be anything (a client in the middle of its steps), also no number.
             delta = jax.tree.map(lambda x: jnp.where(weight != 0, x, jnp.zeros_like(x)), delta)
-            return statistic.observe(self.varying(statistic.zero()), delta, weight, position, key)
+            return statistic.observe(total, delta, weight, position, key)
 
-        found = jax.vmap(alone)(deltas, weight, position, keys)
+        if len(lanes) == 1:
+            return observed(total, deltas, *_only((weight, position, keys)))
+        zero = self.varying(statistic.zero())
+        found = jax.vmap(lambda *own: observed(zero, *own))(deltas, weight, position, keys)
         summed = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), found)
         return statistic.combine(total, summed)
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from odjax_train.experiment import Data as Data
     from odjax_train.experiment import Experiment as Experiment
     from odjax_train.experiment import Sample as Sample
+    from odjax_train.federated import ByClient as ByClient
+    from odjax_train.federated import Federated as Federated
     from odjax_train.mesh import MeshShape as MeshShape
     from odjax_train.tasks import Task as Task
     from odjax_train.tasks import classification as classification
@@ -22,7 +24,9 @@ _HOME = {
     "neural_collapse": "collapse",
     "UserError": "errors",
     "Data": "experiment",
+    "ByClient": "federated",
     "Experiment": "experiment",
+    "Federated": "federated",
     "Sample": "experiment",
     "MeshShape": "mesh",
     "Task": "tasks",

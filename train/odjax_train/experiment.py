@@ -12,6 +12,7 @@ import optax
 
 from odjax.core import Edit, Where
 from odjax_train.errors import UserError
+from odjax_train.federated.section import Federated
 from odjax_train.measures import Measure
 from odjax_train.mesh import DEFAULT_RULES, MeshShape, Rules
 from odjax_train.tasks import Task
@@ -71,6 +72,8 @@ class Experiment:
         start_from: folder of a run whose parameters are taken over at the start; those that it did not have
             (an adapter's, say) keep their initial values.
         edits: structural changes every K steps, compiled apart from the step.
+        federated: makes the steps rounds of clients and the optimizer the server's; `data` must then say who
+            has which examples (`odjax_train.ByClient`), and `batch` is that of evaluations.
         measures: statistics that are taken when the run is judged (`odjax_train.neural_collapse`).
         ema: decay of an exponential moving average of the parameters, used in evaluation and generation; None
             for none.
@@ -100,6 +103,7 @@ class Experiment:
     trainable: Where = ".*"
     start_from: Path | None = None
     edits: Sequence[Edit] = ()
+    federated: Federated | None = None
     measures: Sequence[Measure] = ()
     ema: float | None = None
     seed: int = 0
@@ -134,7 +138,36 @@ class Experiment:
             raise UserError(f"ema must be between 0 and 1, got {self.ema}")
         if self.batch % self.accumulate:
             raise UserError(f"batch {self.batch} does not divide into {self.accumulate} microbatches")
+        if self.federated is not None:
+            self._check_federated(self.federated)
         for kind in ("edits", "measures"):
             names = [each.name for each in getattr(self, kind)]
             if len(set(names)) < len(names):
                 raise UserError(f"{kind} must have different names, got {names}")
+
+    def _check_federated(self, federated: Federated) -> None:
+        if self.accumulate > 1:
+            raise UserError(f"accumulate {self.accumulate}: a federated round has local steps instead")
+        if not hasattr(self.data, "clients"):
+            raise UserError(
+                f"a federated run needs to know who has which examples, which {type(self.data).__name__} "
+                "does not say: wrap it, ByClient(data, by_label_shards(100))"
+            )
+        allowed = None if federated.privacy is None or federated.is_forecast else federated.privacy.rounds
+        if allowed is not None and self.steps > allowed:
+            raise UserError(
+                f"steps {self.steps} are more than the {allowed} rounds that the noise of the privacy plan "
+                "was chosen for: make the plan with rounds= the steps"
+            )
+
+    @property
+    def last_step(self) -> int:
+        """Where the run ends: at `steps`, or before where a privacy budget is spent by then."""
+        if self.federated is None or self.federated.rounds is None:
+            return self.steps
+        return min(self.steps, self.federated.rounds)
+
+    @property
+    def unit(self) -> str:
+        """What the throughput counts."""
+        return self.task.unit if self.federated is None else "clients"

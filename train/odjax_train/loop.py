@@ -17,6 +17,7 @@ import numpy as np
 from odjax_train.checkpoints import Checkpoints
 from odjax_train.data import Feed, evaluation_batches, feed
 from odjax_train.distributed import Agreement
+from odjax_train.federated.costs import figures
 from odjax_train.measures import take
 from odjax_train.mesh import batch_sharding
 from odjax_train.metrics import Recorder
@@ -125,7 +126,7 @@ def train(
     if start == 0 and experiment.start_from is not None:
         run.evaluate(state, step, stop)  # what is improved on
     try:
-        while step < experiment.steps:
+        while step < experiment.last_step:
             if agreement.vote(bool(stop)):
                 return run.interrupted(state, step, saved, stop.signal)
             batch = run.next_batch()
@@ -142,7 +143,7 @@ def train(
                 run.log()
             run.pending.push(step, metrics)
 
-            last = step == experiment.steps
+            last = step == experiment.last_step
             judge = last or step % experiment.eval_every == 0
             save = last or step % experiment.checkpoint_every == 0
             if judge or save:
@@ -157,7 +158,11 @@ def train(
         trace.stop()
     if saved != step:
         run.save(state, run.evaluate(state, step))
-    return Outcome(state, step, "finished", f"finished after step {step}", run.evaluation)
+    text = f"finished after step {step}"
+    if step < experiment.steps:
+        budget, spent = experiment.federated.budget, experiment.federated.epsilon(step)
+        text += f": epsilon {spent:.4g} of {budget:g} is spent, and another round would exceed it"
+    return Outcome(state, step, "finished", text, run.evaluation)
 
 
 class _DivergedError(Exception):
@@ -180,7 +185,9 @@ class _Run:
         self.topology = Topology(recorder.folder, program, recorder)
         self.pending = _Pending()
         self.evaluation: dict[str, float] | None = None
-        self._units = self.experiment.task.units(program.batch)
+        federated = self.experiment.federated
+        task = self.experiment.task
+        self._units = task.units(program.batch) if federated is None else federated.expected_cohort
         self._waited = 0.0
         self._clock: float | None = None
         self._aside = 0.0
@@ -197,12 +204,13 @@ class _Run:
             return
         steps, values = self.pending.take()
         now = time.perf_counter()
-        finite = np.isfinite(values["loss"]) & np.isfinite(values["grad_norm"])
+        judged = [name for name in ("loss", "grad_norm") if name in values]
+        finite = np.all([np.isfinite(values[name]) for name in judged], axis=0)
         good = len(steps) if finite.all() else int(np.argmin(finite))
         if good:
             self._write(steps[:good], {name: v[:good] for name, v in values.items()}, now)
         if good < len(steps):
-            name = "loss" if not math.isfinite(values["loss"][good]) else "grad_norm"
+            name = next(name for name in judged if not math.isfinite(values[name][good]))
             raise _DivergedError(steps[good], f"{name} is {values[name][good]}")
 
     def _write(self, steps: list[int], values: dict[str, np.ndarray], now: float) -> None:
@@ -214,6 +222,7 @@ class _Run:
         metrics = {name: float(np.mean(v, dtype=np.float64)) for name, v in values.items()}
         if self.experiment.schedule is not None:
             metrics["learning_rate"] = float(self.experiment.schedule(steps[-1] - 1))
+        metrics |= figures(self.program, steps[-1])
         self.recorder.train(steps[-1], metrics, rate, wait)
 
     @contextmanager

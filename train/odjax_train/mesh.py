@@ -139,6 +139,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def divided(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """The first dimension over the mesh axis `data`, where that divides it."""
+    return NamedSharding(mesh, _fitting(shape, P("data"), mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())

@@ -17,13 +17,16 @@ import optax
 from jax.sharding import Mesh
 
 from odjax.core import Edit, combine, fold_path, fold_step, partition, run_edit
+from odjax.federated import Algorithm
 from odjax.sparse import DstState, apply_masks
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
+from odjax_train.federated import step as rounds
 from odjax_train.measures import CompiledMeasure, compile_measure
 from odjax_train.mesh import (
     batch_sharding,
     data_parallelism,
+    divided,
     in_force,
     like_parameters,
     parameter_shardings,
@@ -69,7 +72,8 @@ class Program:
         shardings: `TrainState` of shardings.
         batch: shapes of a global batch.
         init: `() -> TrainState`.
-        step: `(state, batch) -> (state, metrics)`; the state is donated.
+        step: `(state, batch) -> (state, metrics)`; the state is donated. In a federated run the batch is that
+            of `odjax_train.federated.feed.RoundFeed`.
         evaluate: `(params, collections, batch) -> sums`.
         edits: one `(state) -> state` an edit; the state is donated.
         measures: the functions of each measure.
@@ -93,10 +97,15 @@ class Program:
             yield
 
     def compile(self) -> tuple["Program", float]:
-        """The same program with its step and its edits compiled ahead; and the seconds that took."""
+        """The same program with its step and its edits compiled ahead; and the seconds that took.
+
+        A round's shapes follow from its cohort: the first of each kind is compiled when it comes.
+        """
         start = time.perf_counter()
         with self.context():
-            step = self.step.lower(self.state, self.batch).compile()
+            step = self.step
+            if self.experiment.federated is None:
+                step = step.lower(self.state, self.batch).compile()
             edits = tuple((edit, apply.lower(self.state).compile()) for edit, apply in self.edits)
         return dataclasses.replace(self, step=step, edits=edits), time.perf_counter() - start
 
@@ -106,7 +115,7 @@ class Program:
 
         def restart(state: TrainState, params: Any) -> TrainState:
             free, _ = partition(params, experiment.trainable)
-            opt_state = experiment.optimizer.init(free)
+            opt_state = _optimizer_state(experiment, free)
             params = _linked(params, opt_state)
             ema = None if experiment.ema is None else _float32(partition(params, experiment.trainable)[0])
             return state._replace(params=params, opt_state=opt_state, ema=ema)
@@ -206,13 +215,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
         shardings=shardings,
         batch=batch,
         init=jax.jit(lambda: nn.unbox(init()), out_shardings=shardings, compiler_options=options),
-        step=jax.jit(
-            _step(experiment, shardings.params),
-            in_shardings=(shardings, rows),
-            out_shardings=(shardings, whole),
-            donate_argnums=0,
-            compiler_options=options,
-        ),
+        step=_compiled_step(experiment, shardings, mesh),
         evaluate=jax.jit(
             _evaluate(experiment),
             in_shardings=(shardings.params, shardings.collections, rows),
@@ -249,6 +252,11 @@ def _check_outputs(experiment: Experiment, state: TrainState, batch: dict[str, j
     _, changed = jax.eval_shape(
         lambda v, b, k: experiment.task.loss(experiment.model, v, b, k), variables, batch, key
     )
+    if experiment.federated is not None and "batch_stats" in state.collections:
+        raise UserError(
+            "the model keeps statistics of batches, which clients would have to share: for a federated run "
+            "use a model with layer or group normalization"
+        )
     for name, collection in changed.items():
         if jax.tree.structure(collection) != jax.tree.structure(state.collections[name]):
             raise UserError(
@@ -263,7 +271,7 @@ def _init(experiment: Experiment, batch: dict[str, jax.ShapeDtypeStruct]) -> Cal
         example = {name: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
         collections = dict(experiment.model.init(fold_path(key, "init"), *experiment.task.inputs(example)))
         params = collections.pop("params", {})
-        opt_state = experiment.optimizer.init(partition(nn.unbox(params), experiment.trainable)[0])
+        opt_state = _optimizer_state(experiment, partition(nn.unbox(params), experiment.trainable)[0])
         params = _linked(params, opt_state)
         free, _ = partition(nn.unbox(params), experiment.trainable)
         return TrainState(
@@ -280,14 +288,84 @@ def _init(experiment: Experiment, batch: dict[str, jax.ShapeDtypeStruct]) -> Cal
 
 def _shardings(experiment: Experiment, boxed: TrainState, state: TrainState, mesh: Mesh) -> TrainState:
     params = parameter_shardings(boxed.params, mesh, experiment.rules)
+    opt_state = like_parameters(state.opt_state, state.params, params, mesh)
+    if isinstance(opt_state, rounds.ServerState):
+        held = jax.tree.map(lambda leaf: divided(leaf.shape, mesh), state.opt_state.population)
+        opt_state = opt_state._replace(population=held)
     return TrainState(
         step=replicated(mesh),
         key=replicated(mesh),
         params=params,
-        opt_state=like_parameters(state.opt_state, state.params, params, mesh),
+        opt_state=opt_state,
         collections=parameter_shardings(boxed.collections, mesh, experiment.rules),
         ema=like_parameters(state.ema, state.params, params, mesh),
     )
+
+
+def _algorithm(experiment: Experiment) -> Algorithm:
+    return rounds.algorithm_of(
+        experiment.federated, experiment.model, experiment.task, experiment.optimizer, experiment.rules
+    )
+
+
+def _optimizer_state(experiment: Experiment, free: Any) -> Any:
+    """Of the optimizer; in a federated run that of the server, and what clients keep."""
+    if experiment.federated is None:
+        return experiment.optimizer.init(free)
+    algorithm = _algorithm(experiment)
+    clients = 1 if algorithm.private is None else experiment.data.clients().count
+    return rounds.start(algorithm, free, clients)
+
+
+def _compiled_step(experiment: Experiment, shardings: TrainState, mesh: Mesh) -> Callable[..., Any]:
+    whole, options = replicated(mesh), compiler_options(mesh)
+    if experiment.federated is None:
+        return jax.jit(
+            _step(experiment, shardings.params),
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+            compiler_options=options,
+        )
+    step = _round(experiment, mesh)
+    if experiment.federated.strategy == "loop":
+        return step
+    batch = {"examples": whole, "plan": rounds.plan_shardings(mesh)}
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+        compiler_options=options,
+    )
+
+
+def _round(
+    experiment: Experiment, mesh: Mesh
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """A step that is a round of clients."""
+    one_round = rounds.round_step(experiment.federated, _algorithm(experiment), mesh)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = fold_path(jax.random.wrap_key_data(state.key), "federated")
+        free, frozen = partition(state.params, experiment.trainable)
+        free, opt_state, metrics = one_round(
+            free, frozen, state.collections, state.opt_state, state.step, batch, key
+        )
+        ema = _moved_average(experiment, state, free)
+        params = combine(free, frozen)
+        return TrainState(state.step + 1, state.key, params, opt_state, state.collections, ema), metrics
+
+    return step
+
+
+def _moved_average(experiment: Experiment, state: TrainState, free: Any) -> Any:
+    """The average of the parameters, a step on; it forgets its start faster while it is young."""
+    if experiment.ema is None:
+        return state.ema
+    done = state.step.astype(jnp.float32)
+    rate = 1.0 - jnp.minimum(experiment.ema, (1.0 + done) / (10.0 + done))
+    return jax.tree.map(lambda e, p: e + rate * (p.astype(jnp.float32) - e), state.ema, free)
 
 
 def _step(
@@ -339,12 +417,7 @@ def _step(
         grads = jax.tree.map(lambda g, p: (g.astype(jnp.float32) / count).astype(p.dtype), grads, free)
         updates, opt_state = optimizer.update(grads, state.opt_state, free)
         free = optax.apply_updates(free, updates)
-        ema = state.ema
-        if experiment.ema is not None:
-            # The average forgets its start faster while it is young.
-            done = state.step.astype(jnp.float32)
-            rate = 1.0 - jnp.minimum(experiment.ema, (1.0 + done) / (10.0 + done))
-            ema = jax.tree.map(lambda e, p: e + rate * (p.astype(jnp.float32) - e), ema, free)
+        ema = _moved_average(experiment, state, free)
         metrics = {name: s.total / jnp.maximum(s.count, 1e-9) for name, s in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         state = TrainState(state.step + 1, state.key, combine(free, frozen), opt_state, collections, ema)

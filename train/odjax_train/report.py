@@ -108,7 +108,8 @@ def _tiles(runs: Sequence[Run]) -> str:
     tiles = [(f"{last} / {run.record['steps']}", "steps")]
     if run.train:
         newest = run.train[max(run.train)]
-        tiles.append((_number(newest["loss"]), "training loss"))
+        if "loss" in newest:
+            tiles.append((_number(newest["loss"]), "training loss"))
     if run.eval:
         newest = run.eval[max(run.eval)]
         tiles += [(_number(value), f"held-out {name}") for name, value in _values(newest)]

@@ -15,10 +15,12 @@ from odjax.core import tree_report
 from odjax_train import run_folder
 from odjax_train.checkpoints import Checkpoints, Restored
 from odjax_train.config import Config, load, parse
-from odjax_train.data import feed
+from odjax_train.data import Feed, feed
 from odjax_train.distributed import advise, as_main, is_main, same_everywhere, together
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
+from odjax_train.federated.costs import describe
+from odjax_train.federated.feed import RoundFeed
 from odjax_train.flags import TrainFlags
 from odjax_train.loop import Outcome, StopRequest, evaluate, measure, train
 from odjax_train.mesh import MeshShape, batch_sharding, bytes_per_device, make_mesh
@@ -60,9 +62,10 @@ def start(
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "mesh": dict(program.mesh.shape),
-        "unit": experiment.task.unit,
+        "unit": experiment.unit,
         "steps": experiment.steps,
         "best": list(experiment.task.best),
+        **({} if experiment.federated is None else {"federated": describe(program)}),
         "parameters": tree_report(program.state.params, trainable=experiment.trainable),
     }
     found = together(lambda: run_folder.claim(folder, config, details) if is_main() else False)
@@ -102,7 +105,7 @@ def _train(
     experiment = program.experiment
     with contextlib.ExitStack() as opened:
         recorder = together(
-            lambda: Recorder(folder, experiment.steps, experiment.task.unit, console, active=is_main())
+            lambda: Recorder(folder, experiment.last_step, experiment.unit, console, active=is_main())
         )
         opened.callback(recorder.close)
         checkpoints = _checkpoints(folder, experiment)
@@ -123,16 +126,18 @@ def _train(
         else:
             state = restored.state
             _settle(restored, checkpoints, recorder)
-            if restored.step >= experiment.steps:
+            if restored.step >= experiment.last_step:
                 text = f"{folder} has finished already, at step {restored.step}"
                 text += "; give --run another folder to start again"
                 return Outcome(state, restored.step, "finished", text)
             recorder.say(f"resuming from the checkpoint of step {restored.step}")
             recorder.event("resume", restored.step, skipped=[newer for newer, _ in restored.skipped])
         program, seconds = program.compile()
-        what = " and ".join(["step", *(edit.name for edit in experiment.edits)])
-        recorder.say(f"{what} compiled in {seconds:.1f} s")
-        batches = feed(experiment.data.train(experiment.seed), experiment.batch, batch_sharding(program.mesh))
+        ahead = ["step"] if experiment.federated is None else []
+        what = " and ".join([*ahead, *(edit.name for edit in experiment.edits)])
+        if what:
+            recorder.say(f"{what} compiled in {seconds:.1f} s")
+        batches = _batches(program)
         opened.callback(batches.close)
         if restored is not None:
             batches.set_state(restored.data)
@@ -142,6 +147,14 @@ def _train(
         if outcome.status == "finished" and experiment.sample is not None:
             _sample(program, outcome, recorder)
         return outcome
+
+
+def _batches(program: Program) -> Feed | RoundFeed:
+    experiment = program.experiment
+    if experiment.federated is None:
+        return feed(experiment.data.train(experiment.seed), experiment.batch, batch_sharding(program.mesh))
+    data = experiment.data
+    return RoundFeed(experiment.federated, data.clients(), data.fingerprint, experiment.seed, program.mesh)
 
 
 def _built(experiment: Experiment, mesh: MeshShape | None) -> Program:
