@@ -1,7 +1,8 @@
 """Low-rank adaptation, two ways: adapters of a model, and an optimizer of its ordinary parameters.
 
 `rac_lora` is a gradient transform: a chain of random low-rank updates of a tree of parameters. `adapt` gives
-a model with trained factors beside its frozen weights, `merge` puts them into the weights.
+a model with trained factors beside its frozen weights, `merge` puts them into the weights, `switched` turns
+them off, `Guard` makes a moderator of them that shares the model's weights.
 """
 
 from odjax.core.matrices import DimensionNumbers as DimensionNumbers
@@ -11,6 +12,7 @@ from odjax.core.matrices import to_matrices as to_matrices
 from odjax.core.matrices import view_of as view_of
 from odjax.lowrank.adapt import Adapted as Adapted
 from odjax.lowrank.adapt import adapt as adapt
+from odjax.lowrank.adapt import switched as switched
 from odjax.lowrank.chain import jagged_cosine as jagged_cosine
 from odjax.lowrank.chain import next_block as next_block
 from odjax.lowrank.chain import prune_moments as prune_moments
@@ -18,6 +20,14 @@ from odjax.lowrank.chain import restart as restart
 from odjax.lowrank.gradient import RacLoraState as RacLoraState
 from odjax.lowrank.gradient import average_over as average_over
 from odjax.lowrank.gradient import rac_lora as rac_lora
+from odjax.lowrank.guard import GUARD as GUARD
+from odjax.lowrank.guard import Guard as Guard
+from odjax.lowrank.guard import GuardHead as GuardHead
+from odjax.lowrank.guard import PositiveWeights as PositiveWeights
+from odjax.lowrank.guard import Verdict as Verdict
+from odjax.lowrank.guard import guard_loss as guard_loss
+from odjax.lowrank.guard import last_token as last_token
+from odjax.lowrank.guard import positive_weights as positive_weights
 from odjax.lowrank.merge import init_factors as init_factors
 from odjax.lowrank.merge import merge as merge
 from odjax.lowrank.merge import start_from as start_from

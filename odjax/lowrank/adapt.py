@@ -23,6 +23,7 @@ from odjax.core import Where, select
 from odjax.lowrank.intercept import interceptor
 from odjax.lowrank.layers import ADAPTABLE
 from odjax.lowrank.methods import LowRank
+from odjax.lowrank.switch import On, check_on
 
 
 def adapt(
@@ -130,13 +131,18 @@ def adapt(
 class Adapted(nn.Module):
     """A model with low-rank factors, made by `adapt`. It has the methods and attributes of the model.
 
+    Every method takes `on=` beside its own arguments, which takes the place of the attribute in that call.
+
     Attributes:
       inner: the model.
       spec: the method and its settings.
+      on: whether the factors are applied: True, False (the model alone is traced), or one value an example,
+        see `odjax.lowrank.switched`.
     """
 
     inner: nn.Module
     spec: LowRank
+    on: On = True
 
     def setup(self) -> None:
         """Gives the model the scope of this module, so that its parameters keep their paths."""
@@ -154,27 +160,34 @@ class Adapted(nn.Module):
         """
         return self.run("__call__", *args, **kwargs)
 
-    def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def run(self, method: str, *args: Any, on: On | None = None, **kwargs: Any) -> Any:
         """Calls a method of the model with its layers adapted.
 
         Args:
           method: name of the method.
           *args: of the method.
+          on: like the attribute; None for that.
           **kwargs: of the method.
 
         Returns:
           What the method returns.
 
         Raises:
-          ValueError: while parameters are made, when `where` selects no weight.
+          ValueError: while parameters are made, when `where` selects no weight; an `on` that is not one value
+            an example.
+          TypeError: an `on` that is neither bool nor floating point.
         """
+        on = check_on(self.on if on is None else on)
+        growing = self.is_mutable_collection("params")
+        if on is False and not growing:
+            return getattr(self.inner, method)(*args, **kwargs)
         draw = None
-        if self.spec.method == "dylora" and self.has_rng("dropout"):
+        if self.spec.method == "dylora" and on is not False and self.has_rng("dropout"):
             draw = jax.random.uniform(self.make_rng("dropout"))
         seen: dict[str, bool] = {}
-        with nn.intercept_methods(interceptor(self.spec, len(self.path), draw, seen)):
+        with nn.intercept_methods(interceptor(self.spec, len(self.path), draw, seen, on)):
             result = getattr(self.inner, method)(*args, **kwargs)
-        if method == "__call__" and self.is_mutable_collection("params"):
+        if method == "__call__" and growing:
             _check_selected(self.spec, seen)
         return result
 
@@ -187,6 +200,51 @@ class Adapted(nn.Module):
             if hasattr(inner, name):
                 return getattr(inner, name)
         return super().__getattr__(name)
+
+
+def switched(model: Adapted, on: On) -> Adapted:
+    """An adapted model whose factors are applied, not applied, or applied to some examples.
+
+    The parameters are the same. A call may also say it: `model.apply(variables, x, on=on)`; this is for code
+    that calls the model itself, such as `odjax.models.generate.generate`.
+
+    | on            | an adapted layer gives                                           |
+    |---------------|------------------------------------------------------------------|
+    | True          | y + update                                                       |
+    | False         | y; no factor is in the program                                   |
+    | bool [B]      | y + update for examples that are True, y for those that are not  |
+    | floating [B]  | y + on * update                                                  |
+
+    The first axis of what an adapted layer gives must be the examples: a table of positions, which is looked
+    up once for all of them, cannot be switched one by one.
+
+    Args:
+      model: what `odjax.lowrank.adapt` returned.
+      on: Python's bool is static; an array [B] may be traced.
+
+    Returns:
+      The model with that switch. While parameters are made, the factors are made too, whatever it says.
+
+    Raises:
+      TypeError: another model, or an `on` that is neither bool nor floating point.
+      ValueError: an array that is not one value an example; when called, one of another length than the
+        batch.
+
+    Source: Elesedy et al. 2024, "LoRA-Guard", section 3: the generating and the guarding path.
+
+    Example:
+      >>> model = adapt(nn.Dense(1, use_bias=False), rank=1)
+      >>> params = {"kernel": jnp.ones((2, 1)), "lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 1))}
+      >>> on = jnp.array([True, False])
+      >>> switched(model, on).apply({"params": params}, jnp.ones((2, 2)))
+      Array([[4.],
+             [2.]], dtype=float32)
+    """
+    if not isinstance(model, Adapted):
+        raise TypeError(
+            f"switched takes the model that odjax.lowrank.adapt returned, got {type(model).__name__}"
+        )
+    return model.clone(on=check_on(on))
 
 
 def _delegate(name: str) -> Callable[..., Any]:

@@ -39,14 +39,18 @@ from odjax.lowrank.layers import (
 )
 from odjax.lowrank.methods import LowRank, scale_of, sketch_of
 from odjax.lowrank.sketches import COORDINATES, Coordinates
+from odjax.lowrank.switch import On, added
 
 Half = jax.Array | Coordinates
 
 
 def interceptor(
-    spec: LowRank, depth: int, draw: jax.Array | None, seen: dict[str, bool]
+    spec: LowRank, depth: int, draw: jax.Array | None, seen: dict[str, bool], on: On = True
 ) -> Callable[..., Any]:
-    """The interceptor of one call of the model; it notes in `seen` which weights there were."""
+    """The interceptor of one call of the model; it notes in `seen` which weights there were.
+
+    Switched off it makes the factors that are missing, and leaves every output as it is.
+    """
     busy = False  # a convolution of the adapter is no layer to adapt
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -75,7 +79,10 @@ def interceptor(
             if name == "setup":
                 _declare(spec, path, module, Sizes((), *((n,) for n in weight.shape)), weight)
                 return result
-            return _adapted(spec, path, module, weight, result, draw, name, *args, **kwargs)
+            if on is False:
+                _made(spec, path, module, weight, *args, **kwargs)
+                return result
+            return _adapted(spec, path, module, weight, result, draw, on, name, *args, **kwargs)
         finally:
             busy = False
 
@@ -95,6 +102,7 @@ def _adapted(
     weight: jax.Array,
     y: jax.Array,
     draw: jax.Array | None,
+    on: On,
     name: str,
     x: jax.Array,
     *rest: Any,
@@ -103,10 +111,8 @@ def _adapted(
     """The output of a layer with its update."""
     dtype = module.dtype or y.dtype
     if isinstance(module, nn.Embed):
-        return _looked_up(spec, path, module, weight, y, draw, x, attend=name == "attend")
-    product = None if isinstance(module, nn.Conv) else product_of(path, module, x, *rest, **kwargs)
-    sizes = conv_sizes(path, module, weight) if product is None else product_sizes(product, weight)
-    leaves = _declare(spec, path, module, sizes, weight)
+        return _looked_up(spec, path, module, weight, y, draw, on, x, attend=name == "attend")
+    product, sizes, leaves = _made(spec, path, module, weight, x, *rest, **kwargs)
     a, b, scale = _live(spec, path, module, leaves, sizes, draw, gathers=product is not None)
     if spec.dropout and module.has_rng("dropout"):
         keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - spec.dropout, x.shape)
@@ -122,7 +128,7 @@ def _adapted(
         hidden, hidden_letters = _down(x, a, product, sizes, module, dtype)
     update = _times(_up(hidden, hidden_letters, b, product, sizes, module, dtype, y.dtype), scale, y.dtype)
     if spec.method != "dora":
-        return y + update
+        return added(path, on, y, update)
     bias = variable_of(module, "bias").astype(y.dtype) if module.use_bias else None
     # The length is a constant to the gradient (Liu et al. 2024, section 4.3).
     frozen = jax.lax.stop_gradient((weight, a, b))
@@ -133,7 +139,24 @@ def _adapted(
         return jnp.einsum(f"{product.outputs},{letters}->{product.outputs}", z, by.astype(z.dtype))
 
     bare = y if bias is None else y - spread_bias(bias, product, y)
-    return y + stretched(bare, ratio - 1) + stretched(update, ratio)
+    return added(path, on, y, stretched(bare, ratio - 1), stretched(update, ratio))
+
+
+def _made(
+    spec: LowRank,
+    path: str,
+    module: nn.Module,
+    weight: jax.Array,
+    x: jax.Array,
+    *rest: Any,
+    **kwargs: Any,
+) -> tuple[Product | None, Sizes, dict[str, jax.Array]]:
+    """The product of a layer (None: a convolution), its sizes, and the leaves beside its weight."""
+    if isinstance(module, nn.Embed):
+        return None, Sizes((), *((n,) for n in weight.shape)), {}
+    product = None if isinstance(module, nn.Conv) else product_of(path, module, x, *rest, **kwargs)
+    sizes = conv_sizes(path, module, weight) if product is None else product_sizes(product, weight)
+    return product, sizes, _declare(spec, path, module, sizes, weight)
 
 
 def _looked_up(
@@ -143,6 +166,7 @@ def _looked_up(
     weight: jax.Array,
     y: jax.Array,
     draw: jax.Array | None,
+    on: On,
     x: jax.Array,
     *,
     attend: bool,
@@ -162,6 +186,9 @@ def _looked_up(
         a, b = (half if isinstance(half, Coordinates) else half.T for half in (b, a))
         hidden, letters = _down(x.astype(dtype), a, columns, turned, module, dtype)
         update = _up(hidden, letters, b, columns, turned, module, dtype, y.dtype)
+        if on is not True and y.ndim == 2 and y.shape[0] % on.shape[0] == 0:
+            # A head that is a table sees the tokens of all examples as one axis.
+            on = jnp.repeat(on, y.shape[0] // on.shape[0])
     else:
         if isinstance(a, Coordinates):
             hit = jnp.expand_dims(x, -1) == a.index[(None,) * x.ndim]
@@ -170,7 +197,7 @@ def _looked_up(
             a = a.astype(dtype)
             hidden = jnp.take(a, x, axis=0) if module.num_embeddings > 1 else a[0][(None,) * x.ndim]
         update = _up(hidden, "...r", b, rows, sizes, module, dtype, y.dtype)
-    return y + _times(update, scale, y.dtype)
+    return added(path, on, y, _times(update, scale, y.dtype))
 
 
 def _down(

@@ -134,4 +134,19 @@ METHODS: tuple[Method, ...] = (
         summary="LoRA that serves every rank up to the largest.",
         api="odjax.lowrank.adapt.adapt",
     ),
+    Method(
+        slug="lora-guard",
+        name="LoRA-Guard",
+        family="lowrank",
+        kind="module",
+        paper=Paper(
+            "LoRA-Guard: Parameter-Efficient Guardrail Adaptation for Content Moderation "
+            "of Large Language Models",
+            "Elesedy et al.",
+            2024,
+            "arXiv 2407.02987",
+        ),
+        summary="Moderation by low-rank factors and a head that leave the chat model as it is, bit for bit.",
+        api="odjax.lowrank.guard.Guard",
+    ),
 )

@@ -135,6 +135,12 @@ def _gumbel():
     return lambda s: gumbel_top_k_mask(KEY, s, 37), (jax.random.normal(KEY, (16, 8)),)
 
 
+def _guard_head():
+    from odjax.lowrank.guard import GuardHead
+
+    return GuardHead(3), (jax.random.normal(KEY, (4, 16)),)
+
+
 LOW_RANK = ("lora", "rslora", "rac", "asym", "lora_fa", "cola", "relora", "dora", "pissa", "dylora")
 
 TOKENS = jnp.arange(1, 9, dtype=jnp.int32).reshape(2, 4)
@@ -326,6 +332,7 @@ ROWS: tuple[Row, ...] = (
         _head("MomentProbe", 3, first_order="mean_norm", dim=28, shape=(2, 5, 6)),
     ),
     Row("odjax.heads.recalibration.PSRP", "module", _head("PSRP", rank=4)),
+    Row("odjax.lowrank.guard.GuardHead", "module", _guard_head),
     Row("odjax.core.selection.top_k_mask", "function", _top_k),
     Row("odjax.core.selection.gumbel_top_k_mask", "function", _gumbel),
     Row("odjax.models.decoder.Decoder", "module", _decoder(), "scan"),

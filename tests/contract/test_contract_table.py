@@ -42,6 +42,8 @@ SAME_ENGINE = {
         f"odjax.sparse.cannistraci_hebb.{name}": "odjax.sparse.cannistraci_hebb.chts"
         for name in ("cht", "chtss")
     },
+    # Called, it is its backbone; what it adds is the head.
+    "odjax.lowrank.guard.Guard": "odjax.lowrank.guard.GuardHead",
 }
 MADE_BY = {Edit: "edit", Statistic: "statistic", optax.GradientTransformation: "transform"}
 
