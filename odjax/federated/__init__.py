@@ -24,7 +24,9 @@ from odjax.federated.clients import RoundPlan as RoundPlan
 from odjax.federated.clients import dirichlet_split as dirichlet_split
 from odjax.federated.clients import group_by_client as group_by_client
 from odjax.federated.clients import label_shards as label_shards
+from odjax.federated.clients import localize as localize
 from odjax.federated.clients import plan_round as plan_round
+from odjax.federated.fastest import fastest_lanes as fastest_lanes
 from odjax.federated.local import LocalStep as LocalStep
 from odjax.federated.local import Shared as Shared
 from odjax.federated.local import local_scaffold as local_scaffold

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from odjax.core import Statistic, fold_path, map_with_path
+from odjax.core import Statistic, fold_path, map_with_path, statistics_dtype
 from odjax.federated.local import Figures
 
 Mask = Any
@@ -26,7 +26,8 @@ class Aggregator:
       finish: `(state, key, mask) -> update`, once, after the sum over devices; `mask` (0 or 1 for every
         entry, or None) says which entries take part.
       lift: `(delta, mask) -> (delta, figures)` of each client before it is observed, clipping for example.
-      uniform: whether only weights of 0 and 1 are allowed.
+      uniform: whether only weights of 0 and 1 are allowed. Where a compiled program cannot look at them,
+        every weight but 0 counts as 1.
       sensitivity: `relation -> float`, by how much one client moves the sum; None where it is not bounded.
       private: whether figures of clients may not be shown, since only the update is covered by the noise.
     """
@@ -40,7 +41,7 @@ class Aggregator:
 
 
 class WeightedSum(NamedTuple):
-    """Sum of weight times delta, float32, and sum of weights."""
+    """Sum of weight times delta, float32 (float64 for float64), and sum of weights."""
 
     total: Any
     weight: jax.Array
@@ -60,7 +61,7 @@ def _sums(delta: Any, cohort: int) -> Statistic:
         state: WeightedSum, delta: Any, weight: jax.Array, position: jax.Array, key: jax.Array
     ) -> WeightedSum:
         del position, key
-        total = jax.tree.map(lambda s, d: s + weight * d.astype(jnp.float32), state.total, delta)
+        total = jax.tree.map(lambda s, d: s + weight.astype(s.dtype) * d.astype(s.dtype), state.total, delta)
         return WeightedSum(total, state.weight + weight)
 
     return Statistic(
@@ -73,13 +74,18 @@ def _sums(delta: Any, cohort: int) -> Statistic:
 
 
 def _zeros(tree: Any, leading: tuple[int, ...] = ()) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros((*leading, *leaf.shape), jnp.float32), tree)
+    return jax.tree.map(lambda leaf: jnp.zeros((*leading, *leaf.shape), statistics_dtype(leaf)), tree)
 
 
 def _over(total: Any, weight: jax.Array) -> Any:
     """total / weight; zero where nobody weighs anything."""
-    share = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1.0), 0.0)
-    return jax.tree.map(lambda leaf: leaf * share, total)
+    some = weight > 0
+
+    def divided(leaf: jax.Array) -> jax.Array:
+        share = 1 / jnp.where(some, weight, 1.0).astype(leaf.dtype)
+        return leaf * jnp.where(some, share, jnp.zeros_like(share))
+
+    return jax.tree.map(divided, total)
 
 
 def weighted_mean() -> Aggregator:
@@ -221,7 +227,8 @@ def stacked(finish: Callable[[Stacked], Any]) -> Aggregator:
 
             def placed(buffer: jax.Array, leaf: jax.Array) -> jax.Array:
                 at = jnp.expand_dims(own, tuple(range(1, buffer.ndim)))
-                return buffer + jnp.where(at, leaf[None].astype(jnp.float32), 0.0)
+                new = leaf[None].astype(buffer.dtype)
+                return buffer + jnp.where(at, new, jnp.zeros_like(new))
 
             return Stacked(
                 jax.tree.map(placed, state.deltas, delta), state.weights + jnp.where(own, weight, 0.0)
@@ -260,14 +267,15 @@ def trimmed_mean(trim: float) -> Aggregator:
         there = stack.weights > 0
         count = jnp.sum(there.astype(jnp.float32))
         # As many at each end, and at least one or two are left in the middle.
-        cut = jnp.minimum(jnp.floor(trim * count), jnp.floor((count - 1) / 2))
+        cut = jnp.maximum(jnp.minimum(jnp.floor(trim * count), jnp.floor((count - 1) / 2)), 0.0)
 
         def middle(leaf: jax.Array) -> jax.Array:
             at = jnp.expand_dims(there, tuple(range(1, leaf.ndim)))
             ordered = jnp.sort(jnp.where(at, leaf, jnp.inf), axis=0)
             rank = jnp.expand_dims(jnp.arange(leaf.shape[0], dtype=jnp.float32), tuple(range(1, leaf.ndim)))
             kept = (rank >= cut) & (rank < count - cut)
-            return jnp.sum(jnp.where(kept, ordered, 0.0), axis=0) / jnp.maximum(count - 2 * cut, 1.0)
+            total = jnp.sum(jnp.where(kept, ordered, jnp.zeros_like(ordered)), axis=0)
+            return total / jnp.maximum(count - 2 * cut, 1.0).astype(leaf.dtype)
 
         return jax.tree.map(middle, stack.deltas)
 
@@ -294,7 +302,9 @@ def mixed(matrix: Any) -> Aggregator:
 
     def finish(stack: Stacked) -> Any:
         exact = jax.lax.Precision.HIGHEST
-        return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1, precision=exact), stack.deltas)
+        return jax.tree.map(
+            lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision=exact), stack.deltas
+        )
 
     return stacked(finish)
 
@@ -310,8 +320,8 @@ def secure_sum(bound: float, bits: int = 16) -> Aggregator:
     """What secure aggregation computes: deltas in fixed point, summed modulo 2^32; then their mean.
 
     Each entry is cut to [-bound, bound] and rounded at random, up or down in proportion, to a multiple of
-    bound / 2^(bits - 1). All clients weigh 1. The masking that hides single clients cancels in the sum and is
-    left out.
+    bound / 2^(bits - 1); what is no number counts as 0. All clients weigh 1. The masking that hides single
+    clients cancels in the sum and is left out.
 
     Args:
       bound: largest magnitude of an entry.
@@ -344,9 +354,11 @@ def secure_sum(bound: float, bits: int = 16) -> Aggregator:
             del position
 
             def quantized(path: str, leaf: jax.Array) -> jax.Array:
-                steps = jnp.clip(leaf.astype(jnp.float32), -bound, bound) * scale
-                up = jax.random.uniform(fold_path(key, path), leaf.shape)
-                return jnp.where(weight != 0, jnp.floor(steps + up), 0.0).astype(jnp.int32)
+                value = leaf.astype(jnp.float32)
+                steps = jnp.clip(jnp.where(jnp.isnan(value), 0.0, value), -bound, bound) * scale
+                low = jnp.floor(steps)
+                up = jax.random.uniform(fold_path(key, path), leaf.shape) < steps - low
+                return jnp.where(weight != 0, low + up.astype(jnp.float32), 0.0).astype(jnp.int32)
 
             total = jax.tree.map(jnp.add, state.total, map_with_path(quantized, delta))
             return SecureSum(total, state.weight + (weight != 0).astype(jnp.float32))

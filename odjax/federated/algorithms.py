@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from odjax.core import fold_path, fold_step
+from odjax.core import fold_path, fold_step, statistics_dtype
 from odjax.federated.aggregate import Aggregator, weighted_mean
 from odjax.federated.clients import RoundPlan
 from odjax.federated.local import Controlled, Figures, LocalStep, Loss, Shared, local_scaffold, local_sgd
@@ -105,7 +105,7 @@ def scaffold(
     """SCAFFOLD, option II: control variates of clients and server take out the drift of local steps.
 
     theta <- theta + eta_g mean(y - theta) and c <- c + (K / N) mean(c_i' - c_i) over a cohort of K, all of
-    equal weight (plan rounds with `uniform=True`).
+    equal weight (plan rounds with `uniform=True`). Control variates are float32 (float64 for float64).
 
     Args:
       loss: sums over a client's batch.
@@ -120,11 +120,15 @@ def scaffold(
     """
     return Algorithm(
         local_scaffold(loss, learning_rate),
-        weighted_mean(),
+        replace(weighted_mean(), uniform=True),
         server or fed_avg_server(),
-        private=lambda params: jax.tree.map(jnp.zeros_like, params),
+        private=_control_of,
         control=True,
     )
+
+
+def _control_of(params: Any) -> Any:
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, statistics_dtype(p)), params)
 
 
 def init(algorithm: Algorithm, params: Any, clients: int, *, host: bool = False) -> FederatedState:
@@ -146,7 +150,7 @@ def init(algorithm: Algorithm, params: Any, clients: int, *, host: bool = False)
     return FederatedState(
         params,
         algorithm.server.init(params),
-        jax.tree.map(jnp.zeros_like, params) if algorithm.control else None,
+        _control_of(params) if algorithm.control else None,
         None if row is None else population_of(row, clients, host=host),
         jnp.zeros((), jnp.int32),
     )
@@ -171,8 +175,9 @@ def make_round(
 
     Returns:
       `(state, data, plan, key, frozen=None) -> (state, figures)`. `key` is the run's and never changes;
-      figures are sums and counts over the cohort, empty where they are private. Where the population lies on
-      the host, jit nothing: the compiled parts move the cohort's rows alone.
+      figures are sums and counts over the cohort, empty where they are private. It may go into `jax.jit`, but
+      where the population lies on the host: then call it as it is. Its parts are compiled, and only the
+      cohort's rows move. Put `data` on the devices once (`jax.device_put`).
 
     Raises:
       ValueError: as `simulate_cohort`, and a delta that is no tree like the parameters.
@@ -202,12 +207,14 @@ def make_round(
             if not isinstance(update, Controlled):
                 raise ValueError("an algorithm with control variates needs deltas that are `Controlled`")
             share = total.weight / clients
-            control = jax.tree.map(lambda c, by: c + (share * by).astype(c.dtype), control, update.control)
+            control = jax.tree.map(
+                lambda c, by: c + (share.astype(by.dtype) * by).astype(c.dtype), control, update.control
+            )
             update = update.params
         params, server = server_step(algorithm.server, state.params, state.server, update, mask)
         return state._replace(params=params, server=server, control=control, round=state.round + 1)
 
-    serve_called = jax.jit(serve, static_argnums=4)
+    serve = jax.jit(serve, static_argnums=4)
 
     def round(
         state: FederatedState, data: Any, plan: RoundPlan, key: jax.Array, frozen: Any = None
@@ -225,7 +232,7 @@ def make_round(
         clients = 1
         if state.population is not None:
             clients = jax.tree.leaves(state.population)[0].shape[0]
-        stepped = (serve if rows == "compiled" else serve_called)(rest, result.total, mask, key, clients)
+        stepped = serve(rest, result.total, mask, key, clients)
         population = state.population
         if population is not None:
             population = scatter(population, plan.client, result.private)

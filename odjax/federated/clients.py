@@ -247,6 +247,59 @@ def plan_round(
     )
 
 
+def localize(
+    clients: Clients, plan: RoundPlan, devices: int, *, bucket: int = 256
+) -> tuple[dict[str, np.ndarray], RoundPlan]:
+    """What each device needs of the data for one round, for `local_data=True`.
+
+    Device d has the lanes d L / D to (d + 1) L / D - 1, and gets the examples of their clients alone.
+
+    Args:
+      clients: the population's data, which may be memory-mapped.
+      plan: of the round.
+      devices: number of devices D.
+      bucket: every device holds a multiple of this, so that a new cohort seldom compiles anew.
+
+    Returns:
+      (data, plan): name -> array [devices * m, ...], to be sharded over its leading axis, and the plan whose
+      indices count from a device's first example.
+
+    Raises:
+      ValueError: lanes that the devices do not divide, or a bucket below 1.
+
+    Example:
+      >>> clients = group_by_client({"x": np.arange(5)}, np.array([0, 0, 1, 1, 1]))
+      >>> plan = plan_round(clients, [0, 1], 0, batch=4, seed=0, lanes=2, bucket=1)
+      >>> data, plan = localize(clients, plan, 2, bucket=1)
+      >>> data["x"].tolist(), sorted(plan.index[0, 1][plan.mask[0, 1]].tolist())
+      ([0, 1, 0, 2, 3, 4], [0, 1, 2])
+    """
+    lanes = plan.index.shape[1]
+    if devices < 1 or lanes % devices or bucket < 1:
+        raise ValueError(
+            f"{lanes} lanes do not divide by {devices} devices: plan the round with a multiple of them"
+            if bucket >= 1
+            else f"bucket must be at least 1, got {bucket}"
+        )
+    each, index, taken = lanes // devices, np.zeros_like(plan.index), []
+    for device in range(devices):
+        own = (slice(None), slice(device * each, (device + 1) * each))
+        rows, place = np.unique(plan.index[own][plan.mask[own]], return_inverse=True)
+        taken.append(rows)
+        part = np.zeros_like(index[own])
+        part[plan.mask[own]] = place
+        index[own] = part
+    held = max(1, -(-max(len(rows) for rows in taken) // bucket)) * bucket
+
+    def placed(array: np.ndarray) -> np.ndarray:
+        out = np.zeros((devices * held, *array.shape[1:]), array.dtype)
+        for device, rows in enumerate(taken):
+            out[device * held : device * held + len(rows)] = array[rows]
+        return out
+
+    return {name: placed(array) for name, array in clients.examples.items()}, plan._replace(index=index)
+
+
 def _batches(
     clients: Clients, client: int, batch: int, epochs: int, steps: int, entropy: Sequence[int]
 ) -> np.ndarray:
@@ -278,5 +331,7 @@ def _check_round(
     real = ids[mask]
     if real.size and (real.min() < 0 or real.max() >= clients.count):
         raise ValueError(f"ids must be 0 to {clients.count - 1}, got {real.min()} to {real.max()}")
+    if clients.offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"{clients.offsets[-1]} examples are more than int32 counts: split the population")
     if len(np.unique(real)) < real.size:
         raise ValueError("a client is in the cohort twice: its delta would count twice")

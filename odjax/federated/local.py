@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from odjax.core import statistics_dtype
+
 Figures = dict[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, count), both float32 scalars."""
 
@@ -83,12 +85,21 @@ def mean_gradient(
 
     gradient, figures = jax.grad(total, has_aux=True)(params)
     count = figures["loss"][1]
-    share = jnp.where(count > 0, 1 / jnp.maximum(count, 1e-9), 0.0)
-    return jax.tree.map(lambda g: (g.astype(jnp.float32) * share).astype(g.dtype), gradient), figures
+
+    def mean(g: jax.Array) -> jax.Array:
+        wide = statistics_dtype(g)
+        over = 1 / jnp.maximum(count.astype(wide), wide.type(1e-9))
+        return (g.astype(wide) * jnp.where(count > 0, over, jnp.zeros((), wide))).astype(g.dtype)
+
+    return jax.tree.map(mean, gradient), figures
 
 
 def _delta(new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), new, old)
+    def difference(a: jax.Array, b: jax.Array) -> jax.Array:
+        wide = statistics_dtype(a)
+        return a.astype(wide) - b.astype(wide)
+
+    return jax.tree.map(difference, new, old)
 
 
 def local_sgd(loss: Loss, optimizer: optax.GradientTransformation, *, proximal: float = 0.0) -> LocalStep:
@@ -102,7 +113,7 @@ def local_sgd(loss: Loss, optimizer: optax.GradientTransformation, *, proximal: 
       proximal: mu, at least 0.
 
     Returns:
-      A `LocalStep` whose delta is y - theta, float32, and that keeps nothing.
+      A `LocalStep` whose delta is y - theta, float32 (float64 for float64), and that keeps what it was given.
 
     Raises:
       ValueError: a negative `proximal`.
@@ -163,7 +174,7 @@ def local_scaffold(loss: Loss, learning_rate: float) -> LocalStep:
 
     Returns:
       A `LocalStep` whose delta is `Controlled(y - theta, c_i' - c_i)`, and whose private state is c_i, a tree
-      like the parameters.
+      like the parameters, float32 (float64 for float64).
 
     Raises:
       ValueError: a learning rate that is not positive.
@@ -182,7 +193,7 @@ def local_scaffold(loss: Loss, learning_rate: float) -> LocalStep:
     ) -> tuple[LocalState, Figures]:
         gradient, figures = mean_gradient(loss, state.params, shared, batch, mask, key)
         params = jax.tree.map(
-            lambda y, g, own, c: y - (learning_rate * (g - own + c)).astype(y.dtype),
+            lambda y, g, own, c: y - (learning_rate * (g.astype(c.dtype) - own + c)).astype(y.dtype),
             state.params,
             gradient,
             state.private,
@@ -192,9 +203,14 @@ def local_scaffold(loss: Loss, learning_rate: float) -> LocalStep:
 
     def final(state: LocalState, shared: Shared) -> tuple[Any, Any]:
         delta = _delta(state.params, shared.params)
-        over = 1 / (learning_rate * state.count.astype(jnp.float32))
-        # c_i' - c_i = -c + (theta - y) / (K eta)
-        change = jax.tree.map(lambda c, d: -c.astype(jnp.float32) - d * over, shared.control, delta)
+        # A lane that has not begun yet has taken no step; what it gives is not used.
+        steps = jnp.maximum(state.count, 1)
+
+        def change_of(c: jax.Array, d: jax.Array) -> jax.Array:
+            # c_i' - c_i = -c + (theta - y) / (K eta)
+            return -c.astype(d.dtype) - d / (learning_rate * steps.astype(d.dtype))
+
+        change = jax.tree.map(change_of, shared.control, delta)
         private = jax.tree.map(lambda own, by: own + by.astype(own.dtype), state.private, change)
         return Controlled(delta, change), private
 

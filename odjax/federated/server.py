@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from odjax.core import map_params_state
+from odjax.core import leaves_with_paths, map_params_state, statistics_dtype
 
 
 class FedAdamState(NamedTuple):
-    """First and second moment of the aggregated delta, float32."""
+    """First and second moment of the aggregated delta, float32 (float64 for float64)."""
 
     mu: Any
     nu: Any
@@ -83,7 +83,7 @@ def fed_adam(
         raise ValueError(f"tau must be positive, got {tau}")
 
     def init(params: Any) -> FedAdamState:
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, statistics_dtype(p)), params)
         return FedAdamState(zeros, jax.tree.map(lambda z: jnp.full_like(z, tau**2), zeros))
 
     def update(updates: Any, state: FedAdamState, params: Any = None) -> tuple[Any, FedAdamState]:
@@ -115,7 +115,7 @@ def server_step(
       (params, state).
 
     Raises:
-      ValueError: the update has another structure than the parameters.
+      ValueError: the update has another structure, or other shapes, than the parameters.
 
     Example:
       >>> server = fed_avg()
@@ -127,6 +127,12 @@ def server_step(
             f"the update is a tree {jax.tree.structure(update)}, the parameters are "
             f"{jax.tree.structure(params)}: the local step must return a delta like the parameters"
         )
+    for (path, param), new in zip(leaves_with_paths(params), jax.tree.leaves(update), strict=True):
+        if jnp.shape(param) != jnp.shape(new):
+            raise ValueError(
+                f"the update of {path!r} has shape {jnp.shape(new)}, the parameter {jnp.shape(param)}: "
+                f"an update for every client (`mixed`) is for simulate_cohort, not for one server"
+            )
     gradient = jax.tree.map(lambda u, p: -u.astype(p.dtype), update, params)
     steps, new_state = server.update(gradient, state, params)
     new = optax.apply_updates(params, steps)
@@ -138,8 +144,6 @@ def server_step(
 
 def _state_where(mask: Any, new: Any, old: Any, params: Any) -> Any:
     """The new state; the old one where it is about entries whose mask is 0."""
-    from odjax.core import leaves_with_paths
-
     masks = dict(leaves_with_paths(mask))
     held: list[jax.Array] = []
     map_params_state(lambda path, param, leaf: held.append(leaf) or leaf, old, params)

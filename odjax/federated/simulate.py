@@ -120,8 +120,8 @@ def simulate_cohort(
                 have = array.shape[0] // (parts if local_data else 1)
                 if last >= have:
                     raise ValueError(
-                        f"the plan takes example {last}, data[{name!r}] has {have} for a device: it is a plan of "
-                        f"other clients"
+                        f"the plan takes example {last}, data[{name!r}] has {have} for a device: "
+                        f"it is a plan of other clients"
                     )
         check_weights(aggregator, plan)
 
