@@ -107,17 +107,19 @@ def _tiles(runs: Sequence[Run]) -> str:
     last = max([*run.train, *run.eval])
     tiles = [(f"{last} / {run.record['steps']}", "steps")]
     if run.train:
-        newest = run.train[max(run.train)]
+        newest = _newest(run.train)
         if "loss" in newest:
             tiles.append((_number(newest["loss"]), "training loss"))
     if run.eval:
-        newest = run.eval[max(run.eval)]
+        newest = _newest(run.eval)
         tiles += [(_number(value), f"held-out {name}") for name, value in _values(newest)]
         metric, mode = run.record["best"]
         scored = [(record[metric], step) for step, record in run.eval.items() if _is_number(record[metric])]
         if scored:
             value, step = (min if mode == "min" else max)(scored)
             tiles.append((_number(value), f"best held-out {metric}, at step {step}"))
+    if run.train and "federated" in run.record:
+        tiles += _federated_tiles(_newest(run.train))
     unit = run.record["unit"]
     rates = sorted(r[f"{unit}_per_second"] for r in run.train.values() if f"{unit}_per_second" in r)
     if rates:
@@ -126,6 +128,21 @@ def _tiles(runs: Sequence[Run]) -> str:
         f'<div class="tile"><b>{_e(value)}</b><span>{_e(name)}</span></div>' for value, name in tiles
     )
     return f'<div class="tiles">{shown}</div>'
+
+
+def _newest(records: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The record of the last step."""
+    return records[max(records)]
+
+
+def _federated_tiles(newest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = {
+        "epsilon": "epsilon spent",
+        "cohort": "clients of a round",
+        "uploaded_mb": "MB from clients",
+        "downloaded_mb": "MB to clients",
+    }
+    return [(_number(newest[name]), text) for name, text in names.items() if name in newest]
 
 
 def _plots(runs: Sequence[Run]) -> str:
@@ -192,9 +209,9 @@ def _comparison(runs: Sequence[Run]) -> str:
     differ = [n for n in arguments if len({str(run.record["arguments"].get(n)) for run in runs}) > 1]
     rows = [("configuration", [run.record["config"] for run in runs])]
     rows += [(name, [run.record["arguments"].get(name, "–") for run in runs]) for name in differ]
-    results = sorted({name for run in runs if run.eval for name, _ in _values(run.eval[max(run.eval)])})
+    results = sorted({name for run in runs if run.eval for name, _ in _values(_newest(run.eval))})
     for name in results:
-        values = [_number(run.eval[max(run.eval)].get(name)) if run.eval else "–" for run in runs]
+        values = [_number(_newest(run.eval).get(name)) if run.eval else "–" for run in runs]
         rows.append((f"held-out {name}", values))
     head = "".join(f"<th>{_e(run.folder.name)}</th>" for run in runs)
     body = "".join(
@@ -220,6 +237,8 @@ def _details(run: Run, *, heading: bool) -> str:
         **record["versions"],
     }
     tables = {"What was run": record["arguments"], "Data": record["data"], "Where": machine}
+    if "federated" in record:
+        tables = {"Federated": record["federated"], **tables}
     shown = (f"<div><h2>{title}</h2>{_table(values)}</div>" for title, values in tables.items())
     parts.append(f'<div class="tables">{"".join(shown)}</div>')
     parts.append(_folded("Parameters", record["parameters"]))

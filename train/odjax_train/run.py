@@ -20,7 +20,7 @@ from odjax_train.distributed import advise, as_main, is_main, same_everywhere, t
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
 from odjax_train.federated.costs import describe
-from odjax_train.federated.feed import RoundFeed
+from odjax_train.federated.feed import RoundFeed, opened
 from odjax_train.flags import TrainFlags
 from odjax_train.loop import Outcome, StopRequest, evaluate, measure, train
 from odjax_train.mesh import MeshShape, batch_sharding, bytes_per_device, make_mesh
@@ -153,8 +153,7 @@ def _batches(program: Program) -> Feed | RoundFeed:
     experiment = program.experiment
     if experiment.federated is None:
         return feed(experiment.data.train(experiment.seed), experiment.batch, batch_sharding(program.mesh))
-    data = experiment.data
-    return RoundFeed(experiment.federated, data.clients(), data.fingerprint, experiment.seed, program.mesh)
+    return opened(program)
 
 
 def _built(experiment: Experiment, mesh: MeshShape | None) -> Program:

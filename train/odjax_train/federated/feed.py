@@ -2,7 +2,7 @@
 
 import concurrent.futures
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import numpy as np
@@ -13,6 +13,9 @@ from odjax_train.errors import UserError
 from odjax_train.federated.section import Federated
 from odjax_train.federated.step import LANES, plan_shardings
 from odjax_train.mesh import replicated
+
+if TYPE_CHECKING:
+    from odjax_train.program import Program
 
 
 class RoundFeed:
@@ -37,9 +40,7 @@ class RoundFeed:
     ) -> None:
         federated.require(clients.count)
         self._federated, self._clients, self._seed = federated, clients, seed
-        self._lanes = federated.lanes * mesh.shape[LANES]
-        if federated.strategy == "loop":
-            self._lanes = mesh.shape[LANES]
+        self._lanes = lanes_of(federated, mesh)
         self._identity = {"seed": seed, "clients": fingerprint}
         self._examples = _placed(clients.examples, dict.fromkeys(clients.examples, replicated(mesh)))
         self._shardings = plan_shardings(mesh)
@@ -47,36 +48,18 @@ class RoundFeed:
         self._step = 0
         self._ahead: concurrent.futures.Future[RoundPlan] | None = None
 
-    def plan(self, round: int) -> RoundPlan:
-        """The plan of a round, on the host."""
-        federated = self._federated
-        sample = federated.sample(self._seed, round, self._clients.count)
-        if not sample.mask.any():
-            # A Poisson cohort may be empty: the round is then noise alone.
-            sample = sample._replace(ids=np.zeros_like(sample.ids))
-        return plan_round(
-            self._clients,
-            sample.ids,
-            round,
-            batch=federated.batch,
-            seed=self._seed,
-            epochs=federated.epochs,
-            steps=federated.local_steps,
-            lanes=self._lanes,
-            strategy=federated.strategy,
-            mask=sample.mask,
-            uniform=federated.uniform or federated.privacy is not None,
-        )
+    def _plan(self, round: int) -> RoundPlan:
+        return planned(self._federated, self._clients, self._seed, round, self._lanes)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> dict[str, Any]:
         if self._ahead is None:
-            self._ahead = self._worker.submit(self.plan, self._step)
+            self._ahead = self._worker.submit(self._plan, self._step)
         plan, self._ahead = self._ahead.result(), None
         self._step += 1
-        self._ahead = self._worker.submit(self.plan, self._step)
+        self._ahead = self._worker.submit(self._plan, self._step)
         return {"examples": self._examples, "plan": _placed(plan, self._shardings)}
 
     def get_state(self) -> dict[str, Any]:
@@ -104,6 +87,93 @@ class RoundFeed:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def opened(program: "Program") -> RoundFeed:
+    """The rounds of a federated run.
+
+    Args:
+        program: the run's functions.
+
+    Raises:
+        UserError: the section does not fit the data.
+    """
+    experiment = program.experiment
+    data = experiment.data
+    return RoundFeed(experiment.federated, data.clients(), data.fingerprint, experiment.seed, program.mesh)
+
+
+def step_inputs(program: "Program") -> Any:
+    """Shapes of what a step takes besides the state; of a federated run, for which data are opened, the first
+    round's.
+
+    Args:
+        program: of any run.
+    """
+    experiment = program.experiment
+    if experiment.federated is None:
+        return program.batch
+    if experiment.federated.strategy == "loop":
+        raise UserError(
+            "strategy 'loop' runs the rows of a round from Python, and no program is the round: plan it with "
+            "strategy='lanes'"
+        )
+    clients, whole = experiment.data.clients(), replicated(program.mesh)
+    examples = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole)
+        for name, array in clients.examples.items()
+    }
+    lanes = lanes_of(experiment.federated, program.mesh)
+    plan = planned(experiment.federated, clients, experiment.seed, 0, lanes)
+    shaped = jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(np.shape(array), array.dtype, sharding=sharding),
+        plan,
+        plan_shardings(program.mesh),
+    )
+    return {"examples": examples, "plan": shaped}
+
+
+def round_examples(program: "Program") -> int:
+    """Examples that the first round of a federated run trains on, those of every epoch.
+
+    Args:
+        program: of a federated run.
+    """
+    federated, clients = program.experiment.federated, program.experiment.data.clients()
+    plan = planned(federated, clients, program.experiment.seed, 0, lanes_of(federated, program.mesh))
+    return int(plan.mask.sum())
+
+
+def lanes_of(federated: Federated, mesh: Mesh) -> int:
+    """Lanes over the whole mesh."""
+    return mesh.shape[LANES] * (1 if federated.strategy == "loop" else federated.lanes)
+
+
+def planned(federated: Federated, clients: Clients, seed: int, round: int, lanes: int) -> RoundPlan:
+    """The plan of a round, on the host.
+
+    Args:
+        federated: the experiment's section.
+        clients: examples of every client.
+        seed: of the run.
+        round: its number.
+        lanes: over the whole mesh.
+    """
+    sample = federated.sample(seed, round, clients.count)
+    return plan_round(
+        clients,
+        # A Poisson cohort may be empty: the round is then noise alone.
+        np.where(sample.mask, sample.ids, 0),
+        round,
+        batch=federated.batch,
+        seed=seed,
+        epochs=federated.epochs,
+        steps=federated.local_steps,
+        lanes=lanes,
+        strategy=federated.strategy,
+        mask=sample.mask,
+        uniform=federated.uniform or federated.privacy is not None,
+    )
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

@@ -20,6 +20,7 @@ from odjax_kernels import hlo, hlo_flops
 from odjax_train import config as configs
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
+from odjax_train.federated.feed import round_examples, step_inputs
 from odjax_train.flags import PlanFlags
 from odjax_train.mesh import MeshShape, make_mesh
 from odjax_train.plan import gpu, measure
@@ -54,7 +55,7 @@ def functions(program: Program) -> dict[str, tuple[Callable[..., Any], tuple[Any
     state = program.state
     return {
         "init": (program.init, ()),
-        "step": (program.step, (state, program.batch)),
+        "step": (program.step, (state, step_inputs(program))),
         "evaluate": (program.evaluate, (state.params, state.collections, program.batch)),
         **{edit.name: (apply, (state,)) for edit, apply in program.edits},
     }
@@ -160,6 +161,8 @@ def answers(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     mesh = make_mesh(shape, devices(topology))
     program = build(experiment, mesh)
     step, evaluation = model_flops(experiment, program.state, program.batch)
+    if experiment.federated is not None:
+        step *= round_examples(program) / experiment.batch
     needed = {"step": step / mesh.size, "evaluate": evaluation / mesh.size}
     compiled = functions(program)
     for name in request["parts"]:

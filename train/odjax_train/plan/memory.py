@@ -12,6 +12,7 @@ from odjax.core import leaves_with_paths, select
 from odjax_kernels import hlo
 from odjax_kernels.hlo import HBM, Shape
 from odjax_train.experiment import Experiment
+from odjax_train.federated.feed import step_inputs
 from odjax_train.plan.flops import residuals
 from odjax_train.plan.parts import Buffer
 from odjax_train.program import Program, packed_masks
@@ -54,7 +55,11 @@ def state_memory(program: Program) -> tuple[dict[str, int], tuple[Buffer, ...]]:
         groups["parameters" if trained[path] else "frozen parameters"].append(_buffer(path, leaf))
     for path, leaf in leaves_with_paths(state.opt_state):
         groups["masks" if id(leaf) in words else "optimizer"].append(_buffer(f"optimizer: {path}", leaf))
-    for kind, tree in (("collections", state.collections), ("average", state.ema), ("batch", program.batch)):
+    for kind, tree in (
+        ("collections", state.collections),
+        ("average", state.ema),
+        ("batch", step_inputs(program)),
+    ):
         groups[kind] += [_buffer(f"{kind}: {path}", leaf) for path, leaf in leaves_with_paths(tree)]
     sizes = {kind: sum(each.bytes for each in buffers) for kind, buffers in groups.items() if buffers}
     everything = sorted((b for buffers in groups.values() for b in buffers), key=lambda b: -b.bytes)
