@@ -1,4 +1,4 @@
-"""What a run spends: epsilon of T rounds of the subsampled Gaussian mechanism, and the noise for a budget.
+"""What a run spends: epsilon of T rounds of the subsampled Gaussian mechanism.
 
 All of it is float64 on the host. The accountants "pld" and "rdp" are those of the package dp-accounting;
 "moments" is written out here and needs nothing.
@@ -6,9 +6,11 @@ All of it is float64 on the host. The accountants "pld" and "rdp" are those of t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -18,13 +20,14 @@ from odjax.privacy.clipping import check_relation
 from odjax.privacy.sampling import check_rate, check_whole
 
 ACCOUNTANTS = ("pld", "rdp", "moments")
-"""Privacy loss distributions (tightest), Renyi divergences with fractional orders, and with integer orders."""
+"""Privacy loss distributions (the tightest), Renyi divergences of fractional orders, and of integer ones."""
 
 _ORDERS = np.arange(2, 257)
 _INTERVAL = 1e-4  # of dp-accounting's discretized privacy loss
+COARSE = "pld with wide intervals"  # ten times faster, finds where to look
 _STEPS = 2e6  # most intervals up to epsilon before they are made wider (still an upper bound)
-MOST_ROUNDS = 10**9
-"""`rounds_within` looks no further."""
+_ABSURD = 1e5  # an epsilon that no discretization is worth
+LEAST = 1e-3  # noise multipliers below count as none
 
 
 def _package() -> Any:
@@ -34,10 +37,25 @@ def _package() -> Any:
         import dp_accounting.rdp
     except ImportError as error:
         raise ValueError(
-            "accountant='pld' and 'rdp' need the package dp-accounting: pip install 'odjax[privacy]', or take "
-            "accountant='moments', which is looser and needs nothing"
+            "accountant='pld' and 'rdp' need the package dp-accounting: pip install 'odjax[privacy]', or "
+            "take accountant='moments', which is looser and needs nothing"
         ) from error
     return dp_accounting
+
+
+@contextlib.contextmanager
+def _no_warnings_of_orders() -> Iterator[None]:
+    """Keeps dp-accounting from logging a line for every fractional order that it leaves out."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "failed to converge" not in str(record.msg)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _log_sum_exp(terms: np.ndarray) -> np.ndarray:
@@ -85,8 +103,8 @@ def renyi_divergences(noise_multiplier: float, rate: float, orders: np.ndarray =
 
 
 def _moments_epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> float:
-    # eps = min_a [T rho(a) + log(1 - 1/a) - log(delta a) / (a - 1)], arXiv 2004.00010, Proposition 12; 0 where
-    # delta^2 > 1 - exp(-T rho), the bound by the Kullback-Leibler divergence.
+    # eps = min_a [T rho(a) + log(1 - 1/a) - log(delta a) / (a - 1)], arXiv 2004.00010, Proposition 12;
+    # 0 where delta^2 > 1 - exp(-T rho), the bound by the Kullback-Leibler divergence.
     total = rounds * renyi_divergences(noise_multiplier, rate)
     epsilon = total + np.log1p(-1.0 / _ORDERS) - np.log(delta * _ORDERS) / (_ORDERS - 1)
     epsilon = np.where(delta**2 + np.expm1(-total) > 0, 0.0, epsilon)
@@ -104,22 +122,25 @@ def _package_epsilon(
         counter = package.rdp.RdpAccountant(neighboring_relation=package.NeighboringRelation.REPLACE_ONE)
     else:
         event = package.PoissonSampledDpEvent(rate, gaussian)
-        if accountant == "rdp":
+        bound = _moments_epsilon(noise_multiplier, rate, rounds, delta)
+        if accountant == "rdp" or bound > _ABSURD:
             counter = package.rdp.RdpAccountant()
         else:
-            width = _moments_epsilon(noise_multiplier, rate, rounds, delta) / _STEPS
-            counter = package.pld.PLDAccountant(value_discretization_interval=max(_INTERVAL, width))
-    counter.compose(package.SelfComposedDpEvent(event, rounds))
-    return float(counter.get_epsilon(delta))
+            width = max(_INTERVAL * (10 if accountant == COARSE else 1), bound / _STEPS)
+            counter = package.pld.PLDAccountant(value_discretization_interval=width)
+    with _no_warnings_of_orders():
+        counter.compose(package.SelfComposedDpEvent(event, rounds))
+        return float(counter.get_epsilon(delta))
 
 
 @functools.lru_cache(maxsize=4096)
-def _epsilon(
+def cached_epsilon(
     noise_multiplier: float, rate: float, rounds: int, delta: float, accountant: str, relation: str
 ) -> float:
+    """`epsilon_of` for numbers that were checked."""
     if rounds == 0:
         return 0.0
-    if noise_multiplier < 1e-3:  # epsilon beyond 10^5, if it could be computed
+    if noise_multiplier < LEAST:
         return math.inf
     if accountant == "moments":
         return _moments_epsilon(noise_multiplier, rate, rounds, delta)
@@ -178,8 +199,8 @@ def check_accountant(accountant: str, relation: str) -> None:
         raise ValueError(f"accountant must be 'pld', 'rdp' or 'moments', got {accountant!r}")
     if check_relation(relation) == "replace_one" and accountant != "rdp":
         raise ValueError(
-            f"accountant={accountant!r} counts Poisson sampling, not cohorts of fixed size: of the accountants "
-            f"only 'rdp' knows sampling without replacement; type accountant='rdp', or sampling='poisson'"
+            f"accountant={accountant!r} counts Poisson sampling, not cohorts of fixed size: only 'rdp' knows "
+            f"sampling without replacement; type accountant='rdp', or sampling='poisson'"
         )
 
 
@@ -193,9 +214,9 @@ def epsilon_of(
 ) -> float:
     """The epsilon that T rounds of the subsampled Gaussian mechanism spend at a delta.
 
-    The relation says the sampling too: "add_or_remove_one" is Poisson sampling, "replace_one" a cohort of fixed
-    size drawn without replacement (accountant "rdp" only). The noise multiplier is the standard deviation over
-    the sensitivity under that relation: C or 2 C for contributions of norm C.
+    The relation says the sampling too: "add_or_remove_one" is Poisson sampling, "replace_one" a cohort of
+    fixed size drawn without replacement (accountant "rdp" only). The noise multiplier is the standard
+    deviation over the sensitivity under that relation: C or 2 C for contributions of norm C.
 
     "pld" is the tightest; its discretization is pessimistic, and is made wider than the package's default
     where epsilon is in the hundreds. Results are cached.
@@ -212,12 +233,12 @@ def epsilon_of(
       epsilon; 0 for no round, inf for z below 0.001.
 
     Raises:
-      ValueError: a number outside its range, an accountant that cannot count the relation, or dp-accounting is
-        missing.
+      ValueError: a number outside its range, an accountant that cannot count the relation, or dp-accounting
+        is missing.
 
     Source: I. Mironov, K. Talwar and L. Zhang, arXiv 1908.10530 (Renyi); A. Koskela, J. Jalko and A. Honkela,
-      arXiv 1906.03049, and V. Doroshenko et al., arXiv 2207.04380 (privacy loss distributions); Y. Wang, B. Balle
-      and S. Kasiviswanathan, arXiv 1808.00087, Theorem 27 (fixed size).
+      arXiv 1906.03049, and V. Doroshenko et al., arXiv 2207.04380 (privacy loss distributions); Y. Wang,
+      B. Balle and S. Kasiviswanathan, arXiv 1808.00087, Theorem 27 (fixed size).
 
     Example:
       >>> round(epsilon_of(1.0, 0.01, 1000, 1e-5, accountant="moments"), 4)
@@ -229,146 +250,4 @@ def epsilon_of(
         raise ValueError(f"noise_multiplier must be a finite number of at least 0, got {noise_multiplier!r}")
     check_accountant(accountant, relation)
     rate, rounds, delta = check_rate(rate), check_whole("rounds", rounds, 0), check_delta(delta)
-    return _epsilon(float(noise_multiplier), rate, rounds, delta, accountant, relation)
-
-
-def _guess(low: float, high: float, low_value: float, high_value: float, target: float) -> float:
-    """Where a power law through two points has the target, kept off the ends; the middle where there is none."""
-    middle = math.sqrt(low * high)
-    if not (0 < low_value < math.inf and 0 < high_value < math.inf) or low_value == high_value:
-        return middle
-    share = math.log(low_value / target) / math.log(low_value / high_value)
-    return low * (high / low) ** min(max(share, 0.02), 0.98)
-
-
-@functools.lru_cache(maxsize=1024)
-def _calibrate(
-    rate: float, rounds: int, epsilon: float, delta: float, accountant: str, relation: str
-) -> float:
-    spent: Callable[[float], float] = functools.partial(
-        lambda z: _epsilon(z, rate, rounds, delta, accountant, relation)
-    )
-    # The looser accountant, which costs nothing, says where to look.
-    high = 1.0 if accountant == "moments" else _calibrate(rate, rounds, epsilon, delta, "moments", relation)
-    high_value = spent(high)
-    while high_value > epsilon:
-        if high > 1e9:
-            raise ValueError(
-                f"no noise gives epsilon={epsilon:g} at delta={delta:g} by accountant={accountant!r}: take "
-                f"accountant='pld', or a larger epsilon"
-            )
-        high *= 2
-        high_value = spent(high)
-    low, low_value = high, high_value
-    while low_value <= epsilon:
-        high, high_value = low, low_value
-        low /= 1.25 if low == high and accountant == "pld" else 2
-        low_value = spent(low)
-        if low < 1e-3:
-            break
-    close = 1e-4 * min(1.0, epsilon)
-    for step in range(200):
-        if epsilon - high_value <= close or high / low - 1 < 1e-10:
-            break
-        # A power law is nearly right; halving every third time bounds the number of evaluations.
-        aim = epsilon - close / 2
-        middle = math.sqrt(low * high) if step % 3 == 2 else _guess(low, high, low_value, high_value, aim)
-        value = spent(middle)
-        if value <= epsilon:
-            high, high_value = middle, value
-        else:
-            low, low_value = middle, value
-    return high
-
-
-def calibrate(
-    rate: float,
-    rounds: int,
-    epsilon: float,
-    delta: float,
-    accountant: str = "pld",
-    relation: str = "add_or_remove_one",
-) -> float:
-    """The smallest noise multiplier with which T rounds spend at most epsilon.
-
-    Args:
-      rate: q in (0, 1], cohort / population.
-      rounds: T >= 1.
-      epsilon: the budget, above 0.
-      delta: in (0, 1).
-      accountant: "pld", "rdp" or "moments".
-      relation: "add_or_remove_one" or "replace_one".
-
-    Returns:
-      z, on the safe side: `epsilon_of(z, ...)` is at most epsilon, and below it by at most 1e-4 times the
-      smaller of epsilon and 1 (unless less than no noise at all would do).
-
-    Raises:
-      ValueError: a number outside its range, an accountant that cannot count the relation, a budget that the
-        accountant can prove for no noise, or dp-accounting is missing.
-
-    Example:
-      >>> z = calibrate(0.01, 1000, 2.1078, 1e-5, accountant="moments")
-      >>> round(z, 3)
-      1.0
-    """
-    check_accountant(accountant, relation)
-    rate, rounds, delta = check_rate(rate), check_whole("rounds", rounds, 1), check_delta(delta)
-    return _calibrate(rate, rounds, check_epsilon(epsilon), delta, accountant, relation)
-
-
-def rounds_within(
-    epsilon: float,
-    noise_multiplier: float,
-    rate: float,
-    delta: float,
-    accountant: str = "pld",
-    relation: str = "add_or_remove_one",
-) -> int:
-    """The largest number of rounds whose epsilon stays within a budget.
-
-    Args:
-      epsilon: the budget, at least 0.
-      noise_multiplier: z >= 0.
-      rate: q in (0, 1].
-      delta: in (0, 1).
-      accountant: "pld", "rdp" or "moments".
-      relation: "add_or_remove_one" or "replace_one".
-
-    Returns:
-      The number; 0 where one round is too much, at most `MOST_ROUNDS`.
-
-    Raises:
-      ValueError: as `epsilon_of`.
-
-    Example:
-      >>> rounds_within(2.1079, 1.0, 0.01, 1e-5, accountant="moments")
-      1000
-    """
-    if epsilon == 0:
-        return 0
-    epsilon = check_epsilon(epsilon)
-
-    def spent(rounds: int) -> float:
-        return epsilon_of(noise_multiplier, rate, rounds, delta, accountant, relation)
-
-    low, low_value = 0, 0.0
-    high, high_value = 1, spent(1)
-    while high_value <= epsilon:
-        if high >= MOST_ROUNDS:
-            return MOST_ROUNDS
-        low, low_value = high, high_value
-        high = min(4 * high, MOST_ROUNDS)
-        high_value = spent(high)
-    step = 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        if step % 3 < 2 and low > 0:
-            middle = min(max(round(_guess(low, high, low_value, high_value, epsilon)), low + 1), high - 1)
-        value = spent(middle)
-        if value <= epsilon:
-            low, low_value = middle, value
-        else:
-            high, high_value = middle, value
-        step += 1
-    return low
+    return cached_epsilon(float(noise_multiplier), rate, rounds, delta, accountant, relation)

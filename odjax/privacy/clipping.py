@@ -70,8 +70,8 @@ class Clip:
     | zero, no leaves          | the same                | 0     |
     | NaN or inf in any leaf   | zero in every leaf      | inf   |
 
-    A leaf of bfloat16 or float16 that is scaled is scaled by a rounding unit (2^-8, 2^-11) less than the others,
-    so that rounding to nearest does not lead beyond C. Squares neither overflow nor underflow.
+    A leaf of bfloat16 or float16 that is scaled is scaled by a rounding unit (2^-8, 2^-11) less than the
+    others, so that rounding to nearest does not lead beyond C. Squares neither overflow nor underflow.
 
     Attributes:
       norm: C > 0; inf leaves everything finite as it is.

@@ -82,8 +82,8 @@ def standard_deviation(clip: Any, noise_multiplier: float, relation: str = "add_
         return 0.0
     if math.isinf(sensitivity):
         raise ValueError(
-            f"no noise hides a contribution without bound: {clip!r} has infinite sensitivity; give it a finite "
-            f"norm, or noise_multiplier=0 for a run without privacy"
+            f"no noise hides a contribution without bound: {clip!r} has infinite sensitivity; give it a "
+            f"finite norm, or noise_multiplier=0 for a run without privacy"
         )
     return float(noise_multiplier) * sensitivity
 
@@ -100,9 +100,9 @@ def gaussian_noise(
 ) -> Any:
     """Adds N(0, (z * sensitivity)^2) to every number of a tree: a sum of clipped contributions.
 
-    The noise of a leaf depends on the key and on the leaf's path alone, neither on the other leaves nor on how
-    the leaf is sharded. It is drawn and added in float32 (float64 for float64 leaves) and rounded once to the
-    leaf's dtype. z = 0 returns the tree as it is.
+    The noise of a leaf depends on the key and on the leaf's path alone, neither on the other leaves nor on
+    how the leaf is sharded. It is drawn and added in float32 (float64 for float64 leaves) and rounded once to
+    the leaf's dtype. z = 0 returns the tree as it is.
 
     Args:
       clip: what bounded every contribution: an object with `sensitivity(relation) -> float`.
@@ -122,8 +122,8 @@ def gaussian_noise(
       ValueError: z below 0 or not finite, infinite sensitivity with z > 0, or a mask of another structure or
         shape.
 
-    Source: C. Dwork and A. Roth, The Algorithmic Foundations of Differential Privacy, 2014, Appendix A; the sum
-      with noise of H. B. McMahan et al., arXiv 1710.06963, Algorithm 1.
+    Source: C. Dwork and A. Roth, The Algorithmic Foundations of Differential Privacy, 2014, Appendix A; the
+      sum with noise of H. B. McMahan et al., arXiv 1710.06963, Algorithm 1.
 
     Example:
       >>> from odjax.privacy import Clip
@@ -213,7 +213,8 @@ def privatizer(
 
     Example:
       >>> from odjax.privacy import Clip
-      >>> optimizer = optax.chain(privatizer(Clip(1.0), 0.5, jax.random.key(0), normalizer=10.0), optax.sgd(0.1))
+      >>> noise = privatizer(Clip(1.0), 0.5, jax.random.key(0), normalizer=10.0)
+      >>> optimizer = optax.chain(noise, optax.sgd(0.1))
       >>> state = optimizer.init(jnp.zeros(2))
       >>> updates, state = optimizer.update(jnp.ones(2), state)
       >>> int(state[0].count), bool((updates != -0.01).all())
@@ -279,3 +280,45 @@ def divided(tree: Any, normalizer: float) -> Any:
         return (leaf.astype(wide) / wide.type(normalizer)).astype(leaf.dtype)
 
     return jax.tree.map(one, tree)
+
+
+def release(
+    clip: Any,
+    noise_multiplier: float,
+    key: jax.Array,
+    total: Any,
+    *,
+    normalizer: float,
+    relation: str,
+    mask: Any = None,
+    draw: Draw = jax.random.normal,
+) -> Any:
+    """(total + noise) / normalizer, and exactly 0 where the mask is 0, whatever the sum holds there.
+
+    Args:
+      clip: what bounded every contribution.
+      noise_multiplier: z >= 0.
+      key: a typed key of this round.
+      total: the sum of clipped contributions.
+      normalizer: the fixed number to divide by.
+      relation: the accountant's neighbouring relation.
+      mask: a tree of 0 and 1, each leaf broadcastable to that of `total`.
+      draw: another source of standard normal noise.
+
+    Returns:
+      A tree like `total`.
+
+    Raises:
+      TypeError: see `gaussian_noise`.
+      ValueError: see `gaussian_noise`.
+    """
+    if mask is not None:
+        leaves, structure = leaves_with_paths(total), jax.tree.structure(total)
+        total = structure.unflatten(
+            [
+                jnp.where(_spread(path, keep, leaf.shape), leaf, jnp.zeros_like(leaf))
+                for (path, leaf), keep in zip(leaves, _masks(mask, total), strict=True)
+            ]
+        )
+    noisy = gaussian_noise(clip, noise_multiplier, key, total, relation=relation, mask=mask, draw=draw)
+    return divided(noisy, normalizer)
