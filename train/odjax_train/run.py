@@ -201,10 +201,23 @@ def _heading(program: Program, folder: Path, data: dict[str, Any], parameters: s
     device = jax.devices()[0].device_kind
     held = bytes_per_device(program.state, program.shardings) / 2**20
     found = ", ".join(f"{name} {value}" for name, value in data.items())
+    federated = program.experiment.federated
+    promise = "" if federated is None or federated.privacy is None else f"\n{_promise(program.experiment)}"
     return (
         f"{parameters}\n"
         f"run {folder}: {jax.device_count()} x {device}, mesh {mesh}, {held:.1f} MiB of state a device\n"
-        f"data: {found}"
+        f"data: {found}{promise}"
+    )
+
+
+def _promise(experiment: Experiment) -> str:
+    """What a private run promises, and what that rests on."""
+    text = f"privacy: {experiment.federated.privacy}"
+    if experiment.federated.is_forecast:
+        return text
+    return (
+        f"{text}; cohorts and noise follow from seed {experiment.seed}: for a release it must be a secret, and "
+        "of this folder only the parameters may be shown"
     )
 
 

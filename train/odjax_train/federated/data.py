@@ -116,6 +116,22 @@ def evenly(clients: int, seed: int = 0) -> Split:
     return split
 
 
+def in_order(clients: int) -> Split:
+    """Neighbouring examples to each client, as many of them: parts of a text, say.
+
+    Args:
+        clients: number of clients.
+    """
+
+    def split(examples: Mapping[str, np.ndarray]) -> np.ndarray:
+        total = len(next(iter(examples.values())))
+        if clients < 1 or total < clients:
+            raise UserError(f"{total} examples do not make {clients} clients")
+        return np.arange(total) * clients // total
+
+    return split
+
+
 def by_label_shards(clients: int, shards: int = 2, seed: int = 0) -> Split:
     """A few labels to each client (`odjax.federated.label_shards`).
 

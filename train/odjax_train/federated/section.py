@@ -1,21 +1,15 @@
 """The federated section of an experiment: who trains in a round, how, and under what promise."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import optax
 
 from odjax.federated import Aggregator, Algorithm, private_sum, weighted_mean
 from odjax.federated.clients import STRATEGIES
 from odjax.federated.local import Loss
-from odjax.privacy import Sample, fixed_sample
+from odjax.privacy import PrivacyForecast, PrivacyPlan, Sample, fixed_sample
 from odjax_train.errors import UserError
-
-if TYPE_CHECKING:
-    from odjax.privacy import PrivacyForecast, PrivacyPlan
 
 MakeAlgorithm = Callable[[Loss, optax.GradientTransformation, Aggregator], Algorithm]
 
@@ -85,10 +79,6 @@ class Federated:
     @property
     def is_forecast(self) -> bool:
         """Whether the noise only predicts what a larger cohort would reach."""
-        if self.privacy is None:
-            return False
-        from odjax.privacy import PrivacyForecast
-
         return isinstance(self.privacy, PrivacyForecast)
 
     @property

@@ -120,8 +120,7 @@ def round_step(
         size of the change is that of the update as it was released.
     """
     rows = "called" if federated.strategy == "loop" else "compiled"
-    alone = mesh.size == 1
-    one_round = make_round(algorithm, mesh=None if alone else mesh, axis=LANES, rows=rows)
+    one_round = make_round(algorithm, mesh=mesh, axis=LANES, rows=rows)
 
     def step(
         free: Any,
