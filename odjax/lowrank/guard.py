@@ -393,7 +393,7 @@ def _labels(targets: jax.Array, label_mask: jax.Array | None) -> tuple[jax.Array
         seen = np.asarray(targets)[np.asarray(label_mask)]
         if (wrong := seen[(seen != 0) & (seen != 1)]).size:
             raise ValueError(f"targets must be 0 or 1 where they are observed, got {wrong[0]}")
-    return label_mask & (targets != 0), label_mask
+    return label_mask & targets.astype(bool), label_mask
 
 
 def _known(x: jax.Array) -> bool:

@@ -123,6 +123,17 @@ def _product():
     return product(spread=moments((3,)), mean=weighted_mean((3,))), _observations
 
 
+def _average_precision():
+    from odjax.core.average_precision import average_precision_over
+
+    def batch(key, n):
+        scores = jax.random.normal(key, (n, 2))
+        labels = jax.random.randint(jax.random.fold_in(key, 1), (n, 2), -1, 2)
+        return scores, labels, jnp.arange(n, dtype=jnp.float32) % 3 / 2
+
+    return average_precision_over(40, 2), batch
+
+
 def _top_k():
     from odjax.core.selection import top_k_mask
 
@@ -332,6 +343,7 @@ ROWS: tuple[Row, ...] = (
         _head("MomentProbe", 3, first_order="mean_norm", dim=28, shape=(2, 5, 6)),
     ),
     Row("odjax.heads.recalibration.PSRP", "module", _head("PSRP", rank=4)),
+    Row("odjax.core.average_precision.average_precision_over", "statistic", _average_precision),
     Row("odjax.lowrank.guard.GuardHead", "module", _guard_head),
     Row("odjax.core.selection.top_k_mask", "function", _top_k),
     Row("odjax.core.selection.gumbel_top_k_mask", "function", _gumbel),

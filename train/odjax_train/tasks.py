@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from odjax.lowrank import Adapted
+from odjax.lowrank import Adapted, PositiveWeights, guard_loss
 
 Batch = Mapping[str, jax.Array]
 Variables = Mapping[str, Any]
@@ -207,6 +207,41 @@ def translation(*, label_smoothing: float = 0.1) -> Task:
         unit="tokens",
         units=lambda batch: batch["tokens"].size,
         inputs=lambda batch: (batch["source"], batch["tokens"], batch["source_mask"]),
+        loss=loss,
+    )
+
+
+def moderation(*, weights: Callable[[], PositiveWeights] | None = None) -> Task:
+    """Moderation of texts by an `odjax.lowrank.Guard`, with labels of harm that may be missing.
+
+    Batches hold `tokens [B, T]` int32, `mask [B, T]` bool, `labels [B, C]` (1, 0, or -1 where it is not
+    known) and `weight [B]` float32; the model is called as `model.guard(tokens, mask)`. A text is unsafe when
+    a known label is 1; `unsafe_accuracy` is that of the sign of its logit.
+
+    Args:
+        weights: gives the weights of positives (`Moderation.weights`), asked for when the step is traced;
+            None: ones.
+    """
+
+    def loss(
+        model: nn.Module, variables: Variables, batch: Batch, key: jax.Array | None
+    ) -> tuple[Sums, Variables]:
+        verdict, changed = _apply(model, variables, key, batch["tokens"], batch["mask"], method="guard")
+        positive, known = batch["labels"] == 1, batch["labels"] >= 0
+        by_category, by_unsafe = (None, None) if weights is None else weights()
+        each = guard_loss(
+            *verdict, positive, pos_weight=by_category, unsafe_pos_weight=by_unsafe, label_mask=known
+        )
+        right = (verdict.unsafe >= 0) == jnp.any(positive, axis=1)
+        counted = batch["weight"] * jnp.any(known, axis=1).astype(batch["weight"].dtype)
+        sums = {"loss": _weighted(each, batch["weight"]), "unsafe_accuracy": _weighted(right, counted)}
+        return sums, changed
+
+    return Task(
+        name="moderation",
+        unit="tokens",
+        units=lambda batch: batch["tokens"].size,
+        inputs=lambda batch: (batch["tokens"],),
         loss=loss,
     )
 

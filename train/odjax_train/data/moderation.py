@@ -1,4 +1,4 @@
-"""Texts with labels of harm, some of them missing: JSON lines, padded to one length; how a guard is judged."""
+"""Texts with labels of harm, some missing: JSON lines, padded to one length; how a guard is judged."""
 
 import dataclasses
 import functools
@@ -18,7 +18,6 @@ from odjax.core.average_precision import average_precision_over
 from odjax.lowrank import PositiveWeights, positive_weights
 from odjax_train.data.examples import Arrays, Examples
 from odjax_train.data.packing import digest
-from odjax_train.data.tokenizers import HuggingFaceTokenizer
 from odjax_train.errors import UserError
 from odjax_train.measures import Found, Measure, Pass
 from odjax_train.tasks import Batch, Variables
@@ -119,7 +118,8 @@ class Moderation:
         """
         labels = self.parts[0].labels
         try:
-            return positive_weights(jnp.asarray(labels == 1), jnp.asarray(labels >= 0), cap)
+            with jax.ensure_compile_time_eval():  # while a step is traced, too
+                return positive_weights(jnp.asarray(labels == 1), jnp.asarray(labels >= 0), cap)
         except ValueError as error:
             raise UserError(f"{self.source}: {error}") from error
 
@@ -127,8 +127,7 @@ class Moderation:
     def parts(self) -> tuple[Texts, Texts]:
         """Training texts and held-out ones."""
         prompts, labels = read_labelled(self.source, self.categories)
-        tokenizer = HuggingFaceTokenizer(Path(self.encoder) / "tokenizer.json")
-        tokens, mask, cut = tokenized(tokenizer, prompts, self.length)
+        tokens, mask, cut = tokenized(self.encoder, prompts, self.length)
         # By the text itself: equal texts fall on the same side, wherever they stand.
         place = np.asarray([zlib.crc32(prompt.encode()) for prompt in prompts]) / 2**32
         sides = [place >= self.held_out, place < self.held_out]
@@ -191,24 +190,39 @@ def read_labelled(source: str | Path, categories: tuple[str, ...]) -> tuple[list
 
 
 def tokenized(
-    tokenizer: HuggingFaceTokenizer, texts: list[str], length: int
+    encoder: str | Path, texts: list[str], length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Texts as token ids with the special tokens of the model, padded on the right.
+    """Texts as token ids with the special tokens of a model, padded on the right with 0.
 
     Args:
-        tokenizer: of the model.
+        encoder: folder with the `tokenizer.json` of the model.
         texts: n texts.
         length: tokens of a text; what is longer is cut off before its last special token.
 
     Returns:
         ids int32 `[n, length]`, the mask bool `[n, length]`, and which texts were cut, bool `[n]`.
+
+    Raises:
+        UserError: there is no such tokenizer.
     """
-    found = tokenizer.encode_special(texts, length)
-    ids = np.full((len(texts), length), tokenizer.padding, np.int32)
-    sizes = np.asarray([len(line) for line, _ in found])
-    for row, (line, _) in enumerate(found):
-        ids[row, : len(line)] = line
-    return ids, np.arange(length) < sizes[:, None], np.asarray([cut for _, cut in found], bool)
+    import tokenizers
+
+    file = Path(encoder).expanduser() / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; encoder= is a folder of Hugging Face")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises bare Exception
+        raise UserError(f"{file}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    found = tokenizer.encode_batch(texts)
+    ids = np.zeros((len(texts), length), np.int32)
+    for row, encoding in enumerate(found):
+        ids[row, : len(encoding.ids)] = encoding.ids
+    sizes = np.asarray([len(encoding.ids) for encoding in found])
+    cut = np.asarray([bool(encoding.overflowing) for encoding in found])
+    return ids, np.arange(length) < sizes[:, None], cut
 
 
 def guard_precision(
