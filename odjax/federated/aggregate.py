@@ -223,7 +223,7 @@ def stacked(finish: Callable[[Stacked], Any]) -> Aggregator:
             state: Stacked, delta: Any, weight: jax.Array, position: jax.Array, key: jax.Array
         ) -> Stacked:
             del key
-            own = (jnp.arange(cohort) == position) & (weight != 0)
+            own = (jnp.arange(cohort, dtype=jnp.int32) == position) & (weight != 0)
 
             def placed(buffer: jax.Array, leaf: jax.Array) -> jax.Array:
                 at = jnp.expand_dims(own, tuple(range(1, buffer.ndim)))

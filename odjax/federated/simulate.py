@@ -98,6 +98,8 @@ def simulate_cohort(
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     if mesh is not None and (missing := set(axes) - set(mesh.axis_names)):
         raise ValueError(f"the mesh has no axis {sorted(missing)}, it has {', '.join(mesh.axis_names)}")
+    if mesh is not None and all(mesh.shape[name] == 1 for name in axes):
+        mesh = None  # there is nothing to map by hand, and the partitioner refuses a sum over one part
     device = _Device(local, aggregator, axes if mesh is not None else ())
 
     def check(private: Any, data: Data, plan: RoundPlan, key: jax.Array) -> None:
@@ -316,7 +318,7 @@ class _Device(NamedTuple):
         """One step of every lane."""
         lanes = plan.client.shape[0]
         row = self._read(at, plan)
-        lane = jnp.arange(lanes)
+        lane = jnp.arange(lanes, dtype=jnp.int32)
 
         def started(state: Any) -> Any:
             new = self._began(shared, carry.private, row, lanes)
@@ -364,7 +366,7 @@ class _Device(NamedTuple):
 
     def _began(self, shared: Shared, private: Any, row: _Row, lanes: int) -> Any:
         """States of the clients of a row at their first step."""
-        kept = jax.tree.map(lambda x: x[jnp.arange(lanes), row.slot], private)
+        kept = jax.tree.map(lambda x: x[jnp.arange(lanes, dtype=jnp.int32), row.slot], private)
         kept = _only(kept) if lanes == 1 else kept
         return self._lanes(lambda own: self.local.init(shared, own), lanes)(kept)
 
@@ -387,7 +389,7 @@ class _Device(NamedTuple):
         return self._lanes(step, lanes)(state, *(_only(inputs) if lanes == 1 else inputs))
 
     def _keys(self, key: jax.Array, plan: RoundPlan, row: _Row) -> jax.Array:
-        client = jnp.asarray(plan.client)[jnp.arange(plan.client.shape[0]), row.slot]
+        client = jnp.asarray(plan.client)[jnp.arange(plan.client.shape[0], dtype=jnp.int32), row.slot]
         own = jax.random.fold_in(key, plan.round)
         return jax.vmap(lambda client, step: jax.random.fold_in(jax.random.fold_in(own, client), step))(
             client, row.step
@@ -409,7 +411,7 @@ class _Device(NamedTuple):
     def _observed(self, total: Any, deltas: Any, plan: RoundPlan, row: _Row, key: jax.Array) -> Any:
         """The sum with the clients that have just ended."""
         statistic = self._statistic(deltas, plan)
-        lanes = jnp.arange(plan.client.shape[0])
+        lanes = jnp.arange(plan.client.shape[0], dtype=jnp.int32)
         weight = jnp.where(row.last, jnp.asarray(plan.weight)[lanes, row.slot], 0.0)
         if self.aggregator.uniform:
             weight = (weight != 0).astype(jnp.float32)
