@@ -18,7 +18,7 @@ from odjax_train import ByClient, Experiment, Federated, UserError, classificati
 from odjax_train.config import load
 from odjax_train.data import Images, Text
 from odjax_train.federated import by_dirichlet, by_label_shards, evenly
-from odjax_train.federated.costs import bytes_of, figures
+from odjax_train.federated.costs import bytes_of, costs
 from odjax_train.federated.feed import RoundFeed
 from odjax_train.federated.step import weighted
 
@@ -177,12 +177,10 @@ def test_a_private_run_writes_what_it_spends_and_nothing_of_a_client(tmp_path):
     plan = load(CONFIG, {"steps": 6, "clients": 12, "cohort": 4, "epsilon": 8.0, "delta": 0.01}).experiment()
     plan = plan.federated.privacy
     for line in _lines(run, "train"):
-        assert set(line) <= {
-            *("kind", "step", "time", "grad_norm", "epsilon", "uploaded_mb", "downloaded_mb"),
-            *("clients_per_second", "data_wait"),
-        }
-        assert line["epsilon"] == pytest.approx(plan.epsilon(line["step"]))
-    assert _lines(run, "train")[-1]["epsilon"] <= 8
+        assert set(line) <= {"kind", "step", "time", "grad_norm", "clients_per_second", "data_wait"}
+    (spent,) = _lines(run, "measures")
+    assert spent["federated/epsilon"] == pytest.approx(plan.epsilon(6))
+    assert spent["federated/epsilon"] <= 8
     report = (run / "report.html").read_text()
     assert "epsilon spent" in report
     assert str(plan) in report
@@ -203,26 +201,24 @@ def test_the_state_of_a_private_run_has_no_place_for_clients(federated, program_
 def test_a_run_ends_before_the_round_that_its_budget_does_not_allow(tmp_path, capsys):
     flags = ("--epsilon", "8", "--delta", "0.01", "--budget", "6", "--steps", "6")
     run = _train(tmp_path / "budget", *flags)
-    last = _lines(run, "train")[-1]
+    last = _lines(run, "measures")[-1]
     assert last["step"] < 6
-    assert last["epsilon"] <= 6
+    assert last["federated/epsilon"] <= 6
     plan = load(CONFIG, {"steps": 6, "clients": 12, "cohort": 4, "epsilon": 8.0, "delta": 0.01}).experiment()
     assert plan.federated.privacy.epsilon(last["step"] + 1) > 6
     assert "another round would exceed it" in capsys.readouterr().out
     with jax.numpy_dtype_promotion("standard"):
         assert cli.run(["train", str(CONFIG), "--run", str(run), *SMALL, *flags]) == 0
     assert "has finished already" in capsys.readouterr().out
-    assert _lines(run, "train")[-1] == last
+    assert _lines(run, "measures")[-1] == last
 
 
 def test_bytes_are_those_of_the_trained_numbers(federated, program_of):
     program = program_of(federated(), 1, 1, 1)
     numbers = 64 * 8 + 8 + 8 * 10 + 10
     assert bytes_of(program) == (4 * numbers, 4 * numbers)
-    assert figures(program, 3) == {
-        "uploaded_mb": 3 * 4 * 4 * numbers / 1e6,
-        "downloaded_mb": 3 * 4 * 4 * numbers / 1e6,
-    }
+    moved = 3 * 4 * 4 * numbers / 1e6
+    assert costs(program, 3) == {"federated/uploaded_mb": moved, "federated/downloaded_mb": moved}
 
 
 def test_the_noise_of_a_round_does_not_depend_on_the_mesh(federated, data, program_of):

@@ -17,7 +17,7 @@ import numpy as np
 from odjax_train.checkpoints import Checkpoints
 from odjax_train.data import Feed, evaluation_batches, feed
 from odjax_train.distributed import Agreement
-from odjax_train.federated.costs import figures
+from odjax_train.federated.costs import costs
 from odjax_train.measures import take
 from odjax_train.mesh import batch_sharding
 from odjax_train.metrics import Recorder
@@ -222,7 +222,6 @@ class _Run:
         metrics = {name: float(np.mean(v, dtype=np.float64)) for name, v in values.items()}
         if self.experiment.schedule is not None:
             metrics["learning_rate"] = float(self.experiment.schedule(steps[-1] - 1))
-        metrics |= figures(self.program, steps[-1])
         self.recorder.train(steps[-1], metrics, rate, wait)
 
     @contextmanager
@@ -242,7 +241,7 @@ class _Run:
             if found is not None:
                 self.evaluation = found
                 self.recorder.evaluation(step, found)
-                figures = measure(self.program, state, stop)
+                figures = (measure(self.program, state, stop) or {}) | costs(self.program, step)
                 if figures:
                     self.recorder.measures(step, figures)
                 self.topology.look(state, step)

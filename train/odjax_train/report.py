@@ -118,8 +118,8 @@ def _tiles(runs: Sequence[Run]) -> str:
         if scored:
             value, step = (min if mode == "min" else max)(scored)
             tiles.append((_number(value), f"best held-out {metric}, at step {step}"))
-    if run.train and "federated" in run.record:
-        tiles += _federated_tiles(_newest(run.train))
+    if "federated" in run.record:
+        tiles += _federated_tiles(run)
     unit = run.record["unit"]
     rates = sorted(r[f"{unit}_per_second"] for r in run.train.values() if f"{unit}_per_second" in r)
     if rates:
@@ -135,14 +135,15 @@ def _newest(records: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any]:
     return records[max(records)]
 
 
-def _federated_tiles(newest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _federated_tiles(run: Run) -> list[tuple[str, str]]:
     names = {
-        "epsilon": "epsilon spent",
-        "cohort": "clients of a round",
-        "uploaded_mb": "MB from clients",
-        "downloaded_mb": "MB to clients",
+        "federated/epsilon": "epsilon spent",
+        "federated/uploaded_mb": "MB from clients",
+        "federated/downloaded_mb": "MB to clients",
     }
-    return [(_number(newest[name]), text) for name, text in names.items() if name in newest]
+    newest = _newest(run.measures) if run.measures else {}
+    tiles = [(run.record["federated"]["cohort"], "clients of a round")]
+    return tiles + [(_number(newest[name]), text) for name, text in names.items() if name in newest]
 
 
 def _plots(runs: Sequence[Run]) -> str:

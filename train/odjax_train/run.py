@@ -202,7 +202,8 @@ def _heading(program: Program, folder: Path, data: dict[str, Any], parameters: s
     held = bytes_per_device(program.state, program.shardings) / 2**20
     found = ", ".join(f"{name} {value}" for name, value in data.items())
     federated = program.experiment.federated
-    promise = "" if federated is None or federated.privacy is None else f"\n{_promise(program.experiment)}"
+    private = federated is not None and federated.privacy is not None
+    promise = f"\n{_promise(program.experiment)}" if private else ""
     return (
         f"{parameters}\n"
         f"run {folder}: {jax.device_count()} x {device}, mesh {mesh}, {held:.1f} MiB of state a device\n"
@@ -216,8 +217,8 @@ def _promise(experiment: Experiment) -> str:
     if experiment.federated.is_forecast:
         return text
     return (
-        f"{text}; cohorts and noise follow from seed {experiment.seed}: for a release it must be a secret, and "
-        "of this folder only the parameters may be shown"
+        f"{text}; cohorts and noise follow from seed {experiment.seed}: for a release it must be a secret, "
+        "and of this folder only the parameters may be shown"
     )
 
 

@@ -41,13 +41,15 @@ def _size(leaf: Any) -> int:
     return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 
 
-def figures(program: "Program", step: int) -> dict[str, float]:
-    """What is spent after some rounds: `epsilon`, and bytes of all clients together as `uploaded_mb` and
-    `downloaded_mb`; nothing for a run that is not federated.
+def costs(program: "Program", step: int) -> dict[str, float]:
+    """What is spent after some rounds: epsilon, and bytes of all clients together; none for other runs.
 
     Args:
         program: the run's functions.
         step: rounds done.
+
+    Returns:
+        `federated/epsilon`, where there is a promise, `federated/uploaded_mb` and `federated/downloaded_mb`.
     """
     federated = program.experiment.federated
     if federated is None:
@@ -56,9 +58,9 @@ def figures(program: "Program", step: int) -> dict[str, float]:
     clients = federated.expected_cohort * step
     epsilon = federated.epsilon(step)
     return {
-        **({} if epsilon is None else {"epsilon": epsilon}),
-        "uploaded_mb": clients * each.up / 1e6,
-        "downloaded_mb": clients * each.down / 1e6,
+        **({} if epsilon is None else {"federated/epsilon": epsilon}),
+        "federated/uploaded_mb": clients * each.up / 1e6,
+        "federated/downloaded_mb": clients * each.down / 1e6,
     }
 
 
