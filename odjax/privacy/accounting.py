@@ -20,7 +20,7 @@ from odjax.privacy.clipping import check_relation
 from odjax.privacy.sampling import check_rate, check_whole
 
 ACCOUNTANTS = ("pld", "rdp", "moments")
-"""Privacy loss distributions (the tightest), Renyi divergences of fractional orders, and of integer ones."""
+"""Privacy loss distributions (the tightest), Renyi divergences of dp-accounting's orders, and of 2 to 256."""
 
 _ORDERS = np.arange(2, 257)
 _INTERVAL = 1e-4  # of dp-accounting's discretized privacy loss

@@ -5,6 +5,7 @@ M. Abadi et al., Deep Learning with Differential Privacy, CCS 2016, arXiv 1607.0
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,8 +118,9 @@ def private_gradient(
             pre_clipping_transform=lambda g: jax.tree.map(lambda x: x.astype(wide), g),
             microbatch_size=microbatch,
         )
-        # The package relies on jax's own promotion of Python and NumPy scalars.
-        with jax.numpy_dtype_promotion("standard"):
+        # The package relies on jax's own promotion, and on a name that newer releases of optax warn of.
+        with jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "optax.global_norm is deprecated", DeprecationWarning)
             mean, aux = clipped(params, batch, is_padding_example=~mask)
         noisy = gaussian_noise(_Clipped(clipped), plan.noise_multiplier, key, mean, relation=plan.relation)
         noisy = jax.tree.map(lambda g, p: g.astype(p.dtype), noisy, params)

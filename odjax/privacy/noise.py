@@ -160,7 +160,7 @@ def _masks(mask: Any, tree: Any) -> list[Any]:
 
 def _spread(path: str, keep: Any, shape: tuple[int, ...]) -> jax.Array:
     try:
-        return jnp.broadcast_to(jnp.asarray(keep) != 0, shape)
+        return jnp.broadcast_to(jnp.asarray(keep).astype(bool), shape)
     except ValueError:
         raise ValueError(
             f"the mask of {path!r} has shape {np.shape(keep)}, which does not broadcast to {shape}"

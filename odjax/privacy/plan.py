@@ -223,7 +223,8 @@ class PrivacyPlan:
         promise = "not private" if math.isinf(epsilon) else f"epsilon {epsilon:.4g}, delta {self.delta:g}"
         return (
             f"{promise} for one {self.unit} ({self.relation}): z {self.noise_multiplier:.4g}, "
-            f"{self.sampling} q {self.rate:.4g} of {self.population:,}, {self.rounds:,} rounds, {self.accountant}"
+            f"{self.sampling} q {self.rate:.4g} of {self.population:,}, {self.rounds:,} rounds, "
+            f"{self.accountant}"
         )
 
 
