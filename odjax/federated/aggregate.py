@@ -170,6 +170,8 @@ def private_sum(plan: Any) -> Aggregator:
       >>> private_sum(plan).sensitivity("add_or_remove_one")
       1.0
     """
+    from odjax.privacy import PrivacyForecast
+
     clip = plan.clip
     if getattr(clip, "sensitivity", None) is None:
         raise TypeError(
@@ -181,7 +183,7 @@ def private_sum(plan: Any) -> Aggregator:
         lift=lambda delta, mask: _clipped(clip, masked(delta, mask)),
         uniform=True,
         sensitivity=clip.sensitivity,
-        private=True,
+        private=not isinstance(plan, PrivacyForecast),
     )
 
 

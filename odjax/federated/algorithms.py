@@ -174,10 +174,10 @@ def make_round(
       local_data: see `simulate_cohort`.
 
     Returns:
-      `(state, data, plan, key, frozen=None) -> (state, figures)`. `key` is the run's and never changes;
-      figures are sums and counts over the cohort, empty where they are private. It may go into `jax.jit`, but
-      where the population lies on the host: then call it as it is. Its parts are compiled, and only the
-      cohort's rows move. Put `data` on the devices once (`jax.device_put`).
+      `(state, data, plan, key, frozen=None, collections=None) -> (state, figures)`. `key` is the run's and
+      never changes; figures are sums and counts over the cohort, empty where they are private. It may go into
+      `jax.jit`, but where the population lies on the host: then call it as it is. Its parts are compiled, and
+      only the cohort's rows move. Put `data` on the devices once (`jax.device_put`).
 
     Raises:
       ValueError: as `simulate_cohort`, and a delta that is no tree like the parameters.
@@ -217,14 +217,19 @@ def make_round(
     serve = jax.jit(serve, static_argnums=4)
 
     def round(
-        state: FederatedState, data: Any, plan: RoundPlan, key: jax.Array, frozen: Any = None
+        state: FederatedState,
+        data: Any,
+        plan: RoundPlan,
+        key: jax.Array,
+        frozen: Any = None,
+        collections: Any = None,
     ) -> tuple[FederatedState, Figures]:
         context = mask = None
         if algorithm.context is not None:
             context = algorithm.context(fold_step(fold_path(key, "context"), state.round), state.round)
         if algorithm.mask is not None:
             mask = algorithm.mask(state.params, context)
-        shared = Shared(state.params, frozen, state.control, context)
+        shared = Shared(state.params, frozen, state.control, context, collections)
         private = None if state.population is None else gather(state.population, plan.client)
         own = fold_path(key, "clients")
         result = cohort(shared, private, data, plan, own, mask)

@@ -26,12 +26,14 @@ class Shared(NamedTuple):
       frozen: what is not, the weights beside an adapter for example.
       control: of the server, for SCAFFOLD; a tree like `params`.
       context: whatever is public and new each round, a rank for example.
+      collections: of a Flax model, what it has besides parameters.
     """
 
     params: Any
     frozen: Any = None
     control: Any = None
     context: Any = None
+    collections: Any = None
 
 
 class LocalStep(NamedTuple):

@@ -27,6 +27,8 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
         "mlp_digits",
         "mlp_digits_sparse",
         "mlp_digits_etf",
+        "fed_digits",
+        "fed_lm_lora",
     ],
 )
 def test_a_configuration_builds_with_its_defaults(name, program_of):
@@ -58,6 +60,25 @@ def test_the_adaptation_trains_what_its_method_trains(method, edits, numbers, pr
     # A restart falls between two checkpoints, so that not every one of them holds the weights.
     assert all(edit.every % experiment.checkpoint_every == 0 for edit in experiment.edits)
     assert all(edit.every > experiment.checkpoint_every for edit in experiment.edits)
+
+
+@pytest.mark.parametrize(
+    ("method", "edits", "share"),
+    [("rac", 1, 1.0), ("lora", 0, 1.0), ("lora_fa", 0, 1.0), ("dylora", 0, None)],
+)
+def test_across_clients_the_adaptation_trains_what_its_method_trains(method, edits, share, program_of):
+    experiment = load(
+        CONFIGS / "fed_lm_lora.py", {"method": method, "preset": "tiny", "steps": 6}
+    ).experiment()
+    assert len(experiment.edits) == edits
+    program = program_of(experiment, 1, 1, 1)
+    if share is not None:
+        np.testing.assert_array_equal(program.shares, share)
+        return
+    # The server draws a rank of 1 to 8 for each round.
+    eighths = program.shares * 8
+    np.testing.assert_allclose(eighths, np.round(eighths), atol=1e-5)
+    assert len(set(np.round(eighths).tolist())) > 1
 
 
 def test_the_configuration_for_llama_weights_builds(tmp_path):

@@ -5,6 +5,7 @@ Nothing here touches data.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -77,6 +79,7 @@ class Program:
         evaluate: `(params, collections, batch) -> sums`.
         edits: one `(state) -> state` an edit; the state is donated.
         measures: the functions of each measure.
+        algorithm: of a federated run.
     """
 
     experiment: Experiment
@@ -89,6 +92,7 @@ class Program:
     evaluate: Callable[[Any, Any, Batch], Sums]
     edits: tuple[tuple[Edit, Callable[[TrainState], TrainState]], ...]
     measures: tuple[CompiledMeasure, ...] = ()
+    algorithm: Algorithm | None = None
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -108,6 +112,13 @@ class Program:
                 step = step.lower(self.state, self.batch).compile()
             edits = tuple((edit, apply.lower(self.state).compile()) for edit, apply in self.edits)
         return dataclasses.replace(self, step=step, edits=edits), time.perf_counter() - start
+
+    @functools.cached_property
+    def shares(self) -> np.ndarray:
+        """float64 [steps], which part of the trained numbers takes part in each round of a federated run."""
+        experiment = self.experiment
+        free, _ = partition(self.state.params, experiment.trainable)
+        return rounds.shares_of(self.algorithm, free, experiment.seed, experiment.steps)
 
     def started(self, state: TrainState, params: Any) -> TrainState:
         """The state with other parameters, before the first step: optimizer and average begin at them."""
@@ -236,6 +247,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
             for edit in experiment.edits
         ),
         measures=measures,
+        algorithm=None if experiment.federated is None else _algorithm(experiment),
     )
 
 

@@ -6,3 +6,5 @@ from odjax_train.federated.data import by_label_shards as by_label_shards
 from odjax_train.federated.data import evenly as evenly
 from odjax_train.federated.data import in_order as in_order
 from odjax_train.federated.section import Federated as Federated
+from odjax_train.federated.step import ClientLoss as ClientLoss
+from odjax_train.federated.step import merging as merging

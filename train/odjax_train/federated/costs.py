@@ -1,48 +1,36 @@
 """What a federated run costs: epsilon, and bytes between clients and server."""
 
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-
-from odjax.core import partition
+from odjax.federated.traffic import Traffic, traffic
+from odjax.lowrank import Adapted
 
 if TYPE_CHECKING:
     from odjax_train.program import Program
 
 
-class Bytes(NamedTuple):
-    """Bytes of one client in a round."""
+def bytes_of(program: "Program") -> Traffic:
+    """What one client sends and gets in a round in which all that is trained takes part.
 
-    up: int
-    down: int
-
-
-def bytes_of(program: "Program") -> Bytes:
-    """What one client sends and gets in a round, in the dtypes of the parameters.
-
-    It sends its delta, and gets what has changed on the server since the round before: what is trained, and
-    with control variates as much again, both ways. What a chain draws anew it gets as a key and a number.
+    Control variates double both. A chain is sent as seeds and mean factors of the rounds that the client has
+    missed.
 
     Args:
         program: of a federated run.
     """
     experiment = program.experiment
-    free, frozen = partition(program.state.params, experiment.trainable)
-    trained = sum(_size(leaf) for leaf in jax.tree.leaves(free))
-    if program.state.opt_state.control is not None:
-        trained *= 2
-    seeds = sum(_size(leaf) for leaf in jax.tree.leaves(frozen) if leaf.dtype == np.uint32)
-    return Bytes(trained, trained + (seeds if experiment.edits else 0))
-
-
-def _size(leaf: Any) -> int:
-    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    model = experiment.model if isinstance(experiment.model, Adapted) else None
+    missed = 1
+    if experiment.edits and model is not None:
+        clients = experiment.data.clients().count
+        missed = max(1, round(clients / experiment.federated.expected_cohort))
+    each = traffic(program.state.params, experiment.trainable, model=model, missed=missed)
+    times = 1 if program.state.opt_state.control is None else 2
+    return Traffic(times * each.up, times * each.down)
 
 
 def costs(program: "Program", step: int) -> dict[str, float]:
-    """What is spent after some rounds: epsilon, and bytes of all clients together; none for other runs.
+    """What is spent after some rounds: epsilon, and bytes of all clients together; nothing for other runs.
 
     Args:
         program: the run's functions.
@@ -54,9 +42,8 @@ def costs(program: "Program", step: int) -> dict[str, float]:
     federated = program.experiment.federated
     if federated is None:
         return {}
-    each = bytes_of(program)
-    clients = federated.expected_cohort * step
-    epsilon = federated.epsilon(step)
+    each, epsilon = bytes_of(program), federated.epsilon(step)
+    clients = federated.expected_cohort * float(program.shares[:step].sum())
     return {
         **({} if epsilon is None else {"federated/epsilon": epsilon}),
         "federated/uploaded_mb": clients * each.up / 1e6,

@@ -38,6 +38,12 @@ class ByClient:
     data: Any
     split: Split
 
+    def __getattr__(self, name: str) -> Any:
+        """What the data set has besides: its tokenizer, its classes."""
+        if name.startswith("_") or name == "data":
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of one example."""
         return self.data.element_spec()

@@ -1,18 +1,21 @@
 """A round as a step of a run: from the experiment's task to the engine of `odjax.federated`."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from odjax.core import combine
+from odjax.core import Edit, combine, fold_path, fold_step
 from odjax.federated import Algorithm, FederatedState, RoundPlan, Shared, init, make_round
 from odjax.federated.local import Figures
+from odjax.lowrank import Adapted, restart
 from odjax_train.errors import UserError
 from odjax_train.federated.section import Federated
 from odjax_train.mesh import Rules
@@ -56,15 +59,41 @@ def algorithm_of(
         UserError: the algorithm does not keep the section's promise.
     """
     inside = tuple((name, _without_lanes(name, axis)) for name, axis in rules)
-
-    def loss(params: Any, shared: Shared, batch: Batch, mask: jax.Array, key: jax.Array) -> Figures:
-        frozen, collections = shared.frozen
-        variables = {"params": combine(params, frozen), **collections}
-        with nn.logical_axis_rules(inside):
-            sums, _ = task.loss(model, variables, weighted(batch, mask), key)
-        return {name: (s.total.astype(jnp.float32), s.count) for name, s in sums.items()}
-
+    loss = ClientLoss(model, task, inside)
     return federated.checked(federated.algorithm(loss, optimizer, federated.aggregation()))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientLoss:
+    """The task's loss on a client's batch, as the algorithms of `odjax.federated` take it.
+
+    Args:
+        model: of the experiment.
+        task: of the experiment.
+        rules: logical axis -> mesh axis, inside a lane.
+    """
+
+    model: nn.Module
+    task: Task
+    rules: Rules
+
+    def __call__(self, params: Any, shared: Shared, batch: Batch, mask: jax.Array, key: jax.Array) -> Figures:
+        """Sums over the examples that count."""
+        variables = {"params": combine(params, shared.frozen), **shared.collections}
+        return self._sums(self.model, variables, batch, mask, key)
+
+    def of_model(
+        self, model: nn.Module, params: Any, batch: Batch, mask: jax.Array, key: jax.Array
+    ) -> Figures:
+        """The same for a model that the algorithm has changed (`fed_dylora`), which has parameters alone."""
+        return self._sums(model, {"params": params}, batch, mask, key)
+
+    def _sums(
+        self, model: nn.Module, variables: Any, batch: Batch, mask: jax.Array, key: jax.Array
+    ) -> Figures:
+        with nn.logical_axis_rules(self.rules):
+            sums, _ = self.task.loss(model, variables, weighted(batch, mask), key)
+        return {name: (s.total.astype(jnp.float32), s.count) for name, s in sums.items()}
 
 
 def _without_lanes(name: str, axis: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -133,7 +162,7 @@ def round_step(
     ) -> tuple[Any, ServerState, dict[str, jax.Array]]:
         plan: RoundPlan = batch["plan"]
         before = FederatedState(free, state.server, state.control, state.population, round)
-        after, figures = one_round(before, batch["examples"], plan, key, (frozen, collections))
+        after, figures = one_round(before, batch["examples"], plan, key, frozen, collections)
         metrics = {name: total / jnp.maximum(count, 1e-9) for name, (total, count) in figures.items()}
         metrics["grad_norm"] = _change(after.params, free)
         if not algorithm.aggregator.private:
@@ -146,6 +175,56 @@ def round_step(
 @jax.jit
 def _change(new: Any, old: Any) -> jax.Array:
     return optax.tree.norm(jax.tree.map(lambda a, b: (a - b).astype(jnp.float32), new, old))
+
+
+def merging(
+    model: Adapted, server: optax.GradientTransformation, *, every: int = 1, on_boundary: str | None = None
+) -> Edit:
+    """The end of a block of a federated chain: the mean factors are merged, and new ones are drawn.
+
+    Args:
+        model: adapted by "rac", "cola" or "relora".
+        server: the server's optimizer, whose state begins anew.
+        every: rounds of a block.
+        on_boundary: see `odjax.lowrank.restart`.
+    """
+    return restart(
+        model,
+        every=every,
+        on_boundary=on_boundary,
+        init=lambda free: ServerState(server.init(free), None, None),
+    )
+
+
+def shares_of(algorithm: Algorithm, free: Any, seed: int, rounds: int) -> np.ndarray:
+    """Which part of the trained numbers takes part in each round, as the server draws it.
+
+    Args:
+        algorithm: of the run.
+        free: trainable parameters, of shapes.
+        seed: of the run.
+        rounds: how many.
+
+    Returns:
+        float64 [rounds], 1 where all of them do.
+    """
+    if algorithm.mask is None:
+        return np.ones(rounds)
+    key = fold_path(fold_path(jax.random.key(seed), "federated"), "context")
+
+    def share(round: jax.Array) -> jax.Array:
+        context = None
+        if algorithm.context is not None:
+            context = algorithm.context(fold_step(key, round), round)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), free)
+        masks = jax.tree.map(
+            lambda mask, zero: jnp.broadcast_to(mask != 0, zero.shape), algorithm.mask(zeros, context), zeros
+        )
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(zeros))
+        return sum(jnp.sum(mask.astype(jnp.float32)) for mask in jax.tree.leaves(masks)) / numbers
+
+    every = jnp.arange(rounds, dtype=jnp.int32)
+    return np.asarray(jax.jit(lambda: jax.lax.map(share, every))(), np.float64)
 
 
 def plan_shardings(mesh: Mesh) -> RoundPlan:
