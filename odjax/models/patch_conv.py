@@ -32,7 +32,8 @@ def patch_conv(
     """What `jax.lax.conv_general_dilated` computes, from static slices and one product of matrices.
 
     It has that function's arguments: `nn.Conv(..., conv_general_dilated=patch_conv)` is a module without
-    convolutions. The patches take as many times the memory of the inputs as the window has places (over the strides).
+    convolutions. The patches take as many times the memory of the inputs as the window has places, divided by
+    the strides.
 
     Args:
         inputs: [batch, *spatial, channels], any number of spatial axes.
