@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         """Checks the norm."""
-        if isinstance(self.norm, bool) or not isinstance(self.norm, int | float) or not self.norm > 0:
+        if isinstance(self.norm, bool) or not isinstance(self.norm, numbers.Real) or not self.norm > 0:
             raise ValueError(
                 f"the clipping norm must be a number above 0 (math.inf for no clipping), got {self.norm!r}"
             )
@@ -120,7 +121,7 @@ class Clip:
         scale = bound / jnp.where(finite & (scaled > 0), scaled, number(1))
 
         def one(leaf: jax.Array) -> jax.Array:
-            less = 1 - float(jnp.finfo(leaf.dtype).eps) / 2
+            less = 1 - float(jnp.finfo(leaf.dtype).eps) / 2 if leaf.dtype.itemsize < 4 else 1
             smaller = ((leaf.astype(wide) * factor) * (scale * number(less))).astype(leaf.dtype)
             return jnp.where(finite, jnp.where(norm > bound, smaller, leaf), jnp.zeros_like(leaf))
 

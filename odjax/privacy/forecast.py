@@ -38,7 +38,7 @@ class PrivacyForecast:
     def __post_init__(self) -> None:
         """Checks the cohort."""
         number = isinstance(self.cohort, numbers.Real) and not isinstance(self.cohort, bool)
-        if not number or not 0 < self.cohort <= self.plan.normalizer:
+        if not number or not 0 < self.cohort <= self.plan.normalizer * (1 + 1e-9):
             raise ValueError(
                 f"a forecast simulates with fewer units: cohort must be above 0 and at most that of the plan,"
                 f" {self.plan.normalizer:g}, got {self.cohort!r}"

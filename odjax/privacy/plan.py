@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -294,7 +295,7 @@ def privacy_plan(
             f"got epsilon={epsilon!r} and noise_multiplier={noise_multiplier!r}"
         )
     _check_sampling(sampling, accountant)
-    clip = Clip(clip) if isinstance(clip, int | float) else clip
+    clip = Clip(clip) if isinstance(clip, numbers.Real) else clip
     sensitivity = sensitivity_of(clip, _RELATION[sampling])
     rate = float(cohort) / population
     if epsilon is not None:

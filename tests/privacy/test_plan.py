@@ -180,6 +180,14 @@ def test_a_forecast_has_all_that_a_plan_has():
     assert names <= set(dir(plan.forecast(10)))
 
 
+@given(st.integers(1, 200))
+def test_a_forecast_of_the_whole_cohort_is_the_plan(cohort):
+    plan = make(cohort=cohort)
+    same = plan.forecast(cohort)
+    np.testing.assert_allclose(same.noise_multiplier, plan.noise_multiplier, rtol=1e-12)
+    np.testing.assert_array_equal(same.sample(0, 1).ids, plan.sample(0, 1).ids)
+
+
 def test_forecasts_of_fixed_cohorts_are_fixed():
     small = make(sampling="fixed", accountant="rdp").forecast(7)
     assert small.sample(0, 0).ids.shape == (7,)
