@@ -127,10 +127,10 @@ def test_a_resumed_run_goes_through_the_same_rounds_bit_for_bit(tmp_path):
     assert [line["step"] for line in _lines(cut, "resume")] == [4]
     again = _lines(cut, "train")[-2:]
     for ours, theirs in zip(_lines(whole, "train")[-2:], again, strict=True):
-        assert (ours["step"], ours["loss"], ours["grad_norm"]) == (
+        assert (ours["step"], ours["loss"], ours["update_norm"]) == (
             theirs["step"],
             theirs["loss"],
-            theirs["grad_norm"],
+            theirs["update_norm"],
         )
 
 
@@ -177,7 +177,7 @@ def test_a_private_run_writes_what_it_spends_and_nothing_of_a_client(tmp_path):
     plan = load(CONFIG, {"steps": 6, "clients": 12, "cohort": 4, "epsilon": 8.0, "delta": 0.01}).experiment()
     plan = plan.federated.privacy
     for line in _lines(run, "train"):
-        assert set(line) <= {"kind", "step", "time", "grad_norm", "clients_per_second", "data_wait"}
+        assert set(line) <= {"kind", "step", "time", "update_norm", "clients_per_second", "data_wait"}
     (spent,) = _lines(run, "measures")
     assert spent["federated/epsilon"] == pytest.approx(plan.epsilon(6))
     assert spent["federated/epsilon"] <= 8
@@ -232,9 +232,9 @@ def test_the_noise_of_a_round_does_not_depend_on_the_mesh(federated, data, progr
         ):
             state, metrics = program.step(program.init(), next(rounds))
         found.append(np.asarray(state.params["dense_0"]["kernel"]))
-        assert set(metrics) == {"grad_norm"}
+        assert set(metrics) == {"update_norm"}
         # 602 numbers with deviation z C / (q N) = 1 / 4 each.
-        assert float(metrics["grad_norm"]) == pytest.approx(np.sqrt(610) / 4, rel=0.15)
+        assert float(metrics["update_norm"]) == pytest.approx(np.sqrt(610) / 4, rel=0.15)
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
 
 
@@ -300,7 +300,7 @@ def test_an_empty_poisson_cohort_is_a_round_of_noise_alone(federated, data, prog
     program = program_of(experiment, 1, 1, 1)
     with program.context(), RoundFeed(experiment.federated, data.clients(), "", seed, program.mesh) as rounds:
         _, metrics = program.step(program.init(), next(rounds))
-    assert float(metrics["grad_norm"]) > 0
+    assert float(metrics["update_norm"]) > 0
 
 
 @pytest.mark.parametrize("split", [evenly(12), by_dirichlet(12, 0.5), by_label_shards(12)])

@@ -143,3 +143,12 @@ def test_what_does_not_fit_says_by_how_much_and_what_is_large(planned):
     assert not plan.fits
     assert step.error == "does not fit into the memory"
     assert step.short > 2**30
+
+
+def test_a_federated_round_is_one_sum_over_the_chips():
+    config = pathlib.Path(__file__).parents[2] / "configs" / "fed_digits.py"
+    flags = ["--clients", "16", "--cohort", "8", "--epsilon", "8", "--steps", "4", "--delta", "0.01"]
+    plan = ask(parse(load(config), PlanFlags, flags, "odjax plan")[0], parse_topology("v5e:2x2"), "4,1,1")
+    assert {part.name: part.error for part in plan.parts} == dict.fromkeys(("init", "step", "evaluate"), "")
+    step = next(part for part in plan.parts if part.name == "step")
+    assert [(each.kind, each.axis, each.count) for each in step.traffic] == [("all-reduce", "data", 1)]

@@ -204,7 +204,7 @@ class _Run:
             return
         steps, values = self.pending.take()
         now = time.perf_counter()
-        judged = [name for name in ("loss", "grad_norm") if name in values]
+        judged = [name for name in ("loss", "grad_norm", "update_norm") if name in values]
         finite = np.all([np.isfinite(values[name]) for name in judged], axis=0)
         good = len(steps) if finite.all() else int(np.argmin(finite))
         if good:

@@ -100,7 +100,7 @@ class Recorder:
             return
         extra = {} if rate is None else {f"{self._unit}_per_second": rate, "data_wait": data}
         self._write("train", step, {**metrics, **extra})
-        name = "loss" if "loss" in metrics else "grad_norm"  # the loss of clients may be private
+        name = "loss" if "loss" in metrics else "update_norm"  # the loss of clients may be private
         status = f"{name.replace('_', ' ')} {metrics[name]:.4f}"
         if rate is not None:
             status += f"  {_short(rate)} {self._unit}/s"

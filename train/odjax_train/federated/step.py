@@ -164,7 +164,7 @@ def round_step(
         before = FederatedState(free, state.server, state.control, state.population, round)
         after, figures = one_round(before, batch["examples"], plan, key, frozen, collections)
         metrics = {name: total / jnp.maximum(count, 1e-9) for name, (total, count) in figures.items()}
-        metrics["grad_norm"] = _change(after.params, free)
+        metrics["update_norm"] = _change(after.params, free)
         if not algorithm.aggregator.private:
             metrics["cohort"] = jnp.sum((jnp.asarray(plan.cohort) >= 0).astype(jnp.float32))
         return after.params, ServerState(after.server, after.control, after.population), metrics
