@@ -90,14 +90,14 @@ def test_epsilon_falls_with_noise_and_delta_and_rises_with_rate_and_rounds(setti
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_epsilon_of_the_package_moves_the_same_ways(accountant):
-    here = epsilon_of(1.0, 0.1, 20, 1e-5, accountant)
-    assert epsilon_of(1.2, 0.1, 20, 1e-5, accountant) < here
-    assert epsilon_of(1.0, 0.1, 20, 2e-5, accountant) < here
-    assert epsilon_of(1.0, 0.15, 20, 1e-5, accountant) > here
-    assert epsilon_of(1.0, 0.1, 21, 1e-5, accountant) > here
+    here = epsilon_of(3.0, 0.1, 20, 1e-5, accountant)
+    assert epsilon_of(3.6, 0.1, 20, 1e-5, accountant) < here
+    assert epsilon_of(3.0, 0.1, 20, 2e-5, accountant) < here
+    assert epsilon_of(3.0, 0.15, 20, 1e-5, accountant) > here
+    assert epsilon_of(3.0, 0.1, 21, 1e-5, accountant) > here
 
 
-@pytest.mark.parametrize("z", [0.6, 3.0])
+@pytest.mark.parametrize("z", [0.9, 3.0])
 @pytest.mark.parametrize("q, rounds", [(0.01, 40), (0.2, 1), (1.0, 40)])
 @pytest.mark.parametrize("delta", [1e-6, 1e-3])
 def test_loss_distributions_are_tighter_than_divergences(z, q, rounds, delta):
