@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +22,8 @@ def population_of(row: Any, clients: int, *, host: bool = False) -> Any:
     Args:
       row: a tree of arrays, the state of one client.
       clients: number of clients N.
-      host: in the memory of the host, as NumPy arrays; zeros then take no memory before they are written.
+      host: in the memory of the host, as NumPy arrays; rows of zeros then take no memory before they are
+        written (on Linux; elsewhere it depends on the system).
 
     Returns:
       The tree with a leading axis [N, ...].
@@ -39,10 +43,24 @@ def population_of(row: Any, clients: int, *, host: bool = False) -> Any:
     def held(x: Any) -> np.ndarray:
         x = np.asarray(x)
         if not x.any():
-            return np.zeros((clients, *x.shape), x.dtype)
+            return _untouched((clients, *x.shape), x.dtype)
         return np.broadcast_to(x, (clients, *x.shape)).copy()
 
     return jax.tree.map(held, row)
+
+
+def _untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros that take memory page by page as they are written.
+
+    NumPy asks for huge pages, of which each row of a few kilobytes would then take one of two megabytes.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0 or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def gather(population: Any, ids: Any) -> Any:
