@@ -1,5 +1,6 @@
 """Federated runs by the command line: rounds, meshes, resume, privacy, what is written down and what is not."""
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -21,6 +22,10 @@ from odjax_train.federated import by_dirichlet, by_label_shards, evenly
 from odjax_train.federated.costs import bytes_of, costs
 from odjax_train.federated.feed import RoundFeed
 from odjax_train.federated.step import weighted
+
+_spec = importlib.util.spec_from_file_location("processes", pathlib.Path(__file__).with_name("processes.py"))
+processes = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(processes)
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "fed_digits.py"
 SMALL = ("--steps", "6", "--clients", "12", "--cohort", "4", "--width", "8", "--lanes", "1")
@@ -113,6 +118,22 @@ def test_a_step_of_the_run_is_a_round_of_the_library(federated, data, program_of
 def test_lanes_and_meshes_change_nothing_but_rounding(run, tmp_path, flags):
     other = _train(tmp_path / "other", *flags)
     for ours, theirs in zip(_lines(run, "eval"), _lines(other, "eval"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_two_processes_run_the_rounds_of_one(run, tmp_path):
+    address = f"localhost:{processes.free_port()}"
+    both = [
+        processes.start(
+            "train", CONFIG, "--run", tmp_path / "two", *SMALL, "--cpu-devices", 4,
+            "--coordinator", address, "--processes", 2, "--process", i,
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+    for process in both:
+        status, output = processes.finish(process)
+        assert status == 0, output
+    for ours, theirs in zip(_lines(run, "eval"), _lines(tmp_path / "two", "eval"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
