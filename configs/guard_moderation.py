@@ -58,8 +58,8 @@ def experiment(
         rank: of the update of every matrix.
         alpha: the update is scaled by alpha / rank.
         dropout: of the inputs of the factors.
-        where: which weights are adapted; `--no-scan` gives layers of their own, for the top ones alone
-            (`layers_[45]/attn/(q|v)/kernel`), from a run whose layers are so too.
+        where: which weights are adapted; with `--no-scan`, layers by number: the top ones alone are
+            `layers_[45]/attn/(q|v)/kernel`.
         scan: whether layers are scanned.
         cap: the largest weight of a positive label; None: there is none.
         steps: optimizer steps; 39 are an epoch.

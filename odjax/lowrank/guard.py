@@ -54,7 +54,7 @@ class GuardHead(nn.Module):
       categories: C.
       unsafe: whether "unsafe" has an output of its own.
       use_bias: whether there is a bias.
-      dtype: of the computation; logits are float32.
+      dtype: of the computation; logits are float32, float64 for float64.
       param_dtype: of the parameters.
 
     Raises:
@@ -100,12 +100,13 @@ class GuardHead(nn.Module):
                 )
         init = named(nn.initializers.xavier_uniform(), "embed", "classes")
         kernel = self.param("kernel", init, (width, outputs), self.param_dtype)
+        wide = statistics_dtype(self.dtype)
         logits = jnp.matmul(
-            features.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
+            features.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=wide
         )
         if self.use_bias:
             init = named(nn.initializers.zeros, "classes")
-            bias = self.param("bias", init, (outputs,), self.param_dtype).astype(jnp.float32)
+            bias = self.param("bias", init, (outputs,), self.param_dtype).astype(wide)
             logits = logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
         if self.unsafe:
             return Verdict(logits[..., 0], logits[..., 1:])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 import pytest
 from sklearn.metrics import average_precision_score
 
-from odjax.core import partition
+from odjax.core import leaves_with_paths, partition
 from odjax.lowrank import GUARD, Guard, adapt, guard_loss, positive_weights
 from odjax.models import bert
 from odjax_train import Experiment
@@ -269,3 +270,14 @@ def test_the_real_prompts_have_the_published_labels(real_data):
     assert len(prompts) == 1680
     assert (labels == 1).any(axis=1).sum() == 522
     assert (labels == 1).sum(axis=0).tolist() == [237, 162, 94, 76, 51, 85, 41, 24]
+
+
+def test_the_example_of_the_documentation_runs():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "guard.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["flagged"].shape == (1,)
+    assert names["reply"].shape == (1, 4)
+    trained = {path.split("/")[-1] for path, _ in leaves_with_paths(names["grads"])}
+    assert trained == {"lora_a", "lora_b", "kernel", "bias"}
