@@ -1,7 +1,7 @@
 """odjax: on-device and parameter-efficient learning as small, pure, composable JAX pieces.
 
 The public API in one screen; names are loaded when they are first used. The families are submodules:
-`odjax.lowrank`, `odjax.sparse`, `odjax.heads`, `odjax.models`, ...; `odjax.io` exchanges weights and
+`odjax.lowrank`, `odjax.sparse`, `odjax.heads`, `odjax.federated`, ...; `odjax.io` exchanges weights and
 adapters.
 """
 
@@ -13,10 +13,12 @@ from odjax.version import __version__ as __version__
 if TYPE_CHECKING:
     from odjax import continual as continual
     from odjax import core as core
+    from odjax import federated as federated
     from odjax import heads as heads
     from odjax import io as io
     from odjax import lowrank as lowrank
     from odjax import models as models
+    from odjax import privacy as privacy
     from odjax import sparse as sparse
     from odjax.continual.shrink_perturb import shrink_perturb as shrink_perturb
     from odjax.core.class_moments import class_moments as class_moments
@@ -54,7 +56,10 @@ if TYPE_CHECKING:
     from odjax.sparse.cannistraci_hebb import chts as chts
     from odjax.sparse.cannistraci_hebb import chtss as chtss
 
-_FAMILIES = ("continual", "core", "heads", "io", "lowrank", "models", "registry", "sparse")
+_FAMILIES = (
+    *("continual", "core", "federated", "heads", "io", "lowrank", "models", "privacy"),
+    *("registry", "sparse"),
+)
 _HOME = {
     "odjax.continual.shrink_perturb": ("shrink_perturb",),
     "odjax.core.class_moments": ("class_moments",),

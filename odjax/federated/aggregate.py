@@ -160,6 +160,10 @@ def private_sum(plan: Any) -> Aggregator:
     Returns:
       An aggregator that carries the plan's sensitivity.
 
+    Raises:
+      TypeError: a clip without a sensitivity.
+      ValueError: a plan for records.
+
     Source: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models", algorithm 1.
 
     Example:
@@ -176,6 +180,11 @@ def private_sum(plan: Any) -> Aggregator:
     if getattr(clip, "sensitivity", None) is None:
         raise TypeError(
             f"the plan's clip, {clip!r}, declares no sensitivity: make it with odjax.privacy.Clip(norm)"
+        )
+    if getattr(plan, "unit", "user") == "record":
+        raise ValueError(
+            "the plan is for records, and here the data of a client are one unit: make it with unit='user'; for "
+            "records there is odjax.privacy.private_gradient"
         )
     return Aggregator(
         _sums,

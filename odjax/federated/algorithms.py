@@ -90,7 +90,16 @@ def fed_avg(
       The algorithm.
 
     Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
-    algorithm 1; Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 1.
+    algorithm 1; Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 1; Li et al. 2020, "Federated
+    Optimization in Heterogeneous Networks", algorithm 2.
+
+    Example:
+      >>> from odjax.federated import fed_adam, fed_avg
+      >>> def loss(params, shared, batch, mask, key):
+      ...     return {"loss": (jnp.sum(mask * (params["w"] - batch["x"]) ** 2 / 2), jnp.sum(mask * 1.0))}
+      >>> algorithm = fed_avg(loss, optax.sgd(0.1), fed_adam(0.01), proximal=0.1)
+      >>> algorithm.control, algorithm.aggregator.uniform
+      (False, False)
     """
     return Algorithm(
         local_sgd(loss, client, proximal=proximal),
@@ -117,6 +126,23 @@ def scaffold(
 
     Source: Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
     algorithm 1.
+
+    Example:
+      >>> import numpy as np
+      >>> from odjax.federated import group_by_client, init, make_round, plan_round, scaffold
+      >>> def loss(params, shared, batch, mask, key):
+      ...     pull = batch["h"] * (params["w"] - batch["x"]) ** 2 / 2
+      ...     return {"loss": (jnp.sum(mask * pull), jnp.sum(mask * 1.0))}
+      >>> examples = {"x": np.array([1.0, 4.0], np.float32), "h": np.array([2.0, 1.0], np.float32)}
+      >>> clients = group_by_client(examples, np.array([0, 1]))
+      >>> algorithm = scaffold(loss, learning_rate=0.2)
+      >>> state = init(algorithm, {"w": jnp.zeros(())}, clients.count)
+      >>> plan = plan_round(clients, [0, 1], 0, batch=1, seed=0, epochs=5, uniform=True)
+      >>> run = jax.jit(make_round(algorithm))
+      >>> for _ in range(40):
+      ...     state, _ = run(state, clients.examples, plan, jax.random.key(0))
+      >>> round(float(state.params["w"]), 4)  # the minimum of 2 (w - 1)^2 + (w - 4)^2
+      2.0
     """
     return Algorithm(
         local_scaffold(loss, learning_rate),
@@ -181,6 +207,8 @@ def make_round(
 
     Raises:
       ValueError: as `simulate_cohort`, and a delta that is no tree like the parameters.
+
+    Source: Granqvist et al. 2024, "pfl-research", section 3 (the parts of a round) and 4.4 (balancing).
 
     Example:
       >>> import numpy as np

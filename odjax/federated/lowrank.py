@@ -72,6 +72,22 @@ def fed_low_rank(
 
     Source: Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning" (FFA-LoRA), section 3;
     Malinovsky et al. 2024, "RAC-LoRA", appendix (Fed-RAC-LoRA).
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from odjax.lowrank import adapt
+      >>> from odjax.federated import private_sum
+      >>> from odjax.privacy import privacy_plan
+      >>> model = adapt(nn.Dense(1), rank=1, method="lora")
+      >>> def loss(model, params, batch, mask, key):
+      ...     error = jnp.square(model.apply({"params": params}, batch["x"])[:, 0] - batch["y"])
+      ...     return {"loss": (jnp.sum(mask * error), jnp.sum(mask * 1.0))}
+      >>> plan = privacy_plan(
+      ...     population=10**6, cohort=1000, clip=0.1, rounds=100, delta=1e-7, noise_multiplier=1.0
+      ... )
+      >>> dp_lora = fed_low_rank(model, loss, optax.sgd(0.5), aggregator=private_sum(plan))
+      >>> dp_lora.aggregator.sensitivity("add_or_remove_one")
+      0.1
     """
     from odjax.lowrank.merge import spec_of
 
@@ -373,6 +389,22 @@ def dp_dylora(
 
     Source: Xu et al. 2024, "DP-DyLoRA: Fine-Tuning Transformer-Based Models On-Device under Differentially
     Private Federated Learning using Dynamic Low-Rank Adaptation", algorithm 1.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from odjax.lowrank import adapt
+      >>> from odjax.privacy import privacy_plan
+      >>> model = adapt(nn.Dense(1), rank=4, method="lora")
+      >>> def loss(model, params, batch, mask, key):
+      ...     error = jnp.square(model.apply({"params": params}, batch["x"])[:, 0] - batch["y"])
+      ...     return {"loss": (jnp.sum(mask * error), jnp.sum(mask * 1.0))}
+      >>> params = model.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
+      >>> plan = privacy_plan(
+      ...     population=10**6, cohort=1000, clip=0.1, rounds=100, delta=1e-7, noise_multiplier=1.0
+      ... )
+      >>> algorithm = dp_dylora(model, params, loss, optax.sgd(0.5), plan)
+      >>> int(algorithm.context(jax.random.key(1), 0)) in (1, 2, 3, 4)  # the rank of a round
+      True
     """
     return fed_dylora(
         model,

@@ -44,6 +44,12 @@ def fed_avgm(learning_rate: float = 1.0, momentum: float = 0.9) -> optax.Gradien
 
     Source: Hsu, Qi, Brown 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated
     Visual Classification", section 3.
+
+    Example:
+      >>> server = fed_avgm(1.0, 0.5)
+      >>> _, state = server.update(-jnp.ones(1), server.init(jnp.zeros(1)))
+      >>> server.update(-jnp.ones(1), state)[0]
+      Array([1.5], dtype=float32)
     """
     return optax.sgd(learning_rate, momentum)
 

@@ -84,6 +84,8 @@ def private_gradient(
       ValueError: jax-privacy is missing, or microbatch is no whole number of at least 1; when it is called, a
         batch, mask and microbatch that do not fit.
 
+    Source: M. Abadi et al., Deep Learning with Differential Privacy, CCS 2016, arXiv 1607.00133, Algorithm 1.
+
     Example:
       >>> import optax
       >>> from odjax.privacy import privacy_plan

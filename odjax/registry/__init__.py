@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 
-from odjax.registry import continual, core, heads, lowrank, sparse
+from odjax.registry import continual, core, federated, heads, lowrank, privacy, sparse
 from odjax.registry.method import Kind as Kind
 from odjax.registry.method import Method as Method
 from odjax.registry.method import Paper as Paper
@@ -19,6 +19,8 @@ METHODS: tuple[Method, ...] = (
     *sparse.METHODS,
     *heads.METHODS,
     *continual.METHODS,
+    *federated.METHODS,
+    *privacy.METHODS,
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Kind = Literal["transform", "edit", "adapter", "module", "statistic", "function"]
+Kind = Literal["transform", "edit", "adapter", "module", "statistic", "algorithm", "function"]
 
 
 class Paper(NamedTuple):
@@ -23,7 +23,8 @@ class Method(NamedTuple):
       slug: the name that the command line knows it by.
       name: the name that people know it by.
       family: the folder of `odjax` that it is in.
-      kind: one of the five kinds, or "function" for a plain function on arrays or trees.
+      kind: one of the five kinds, "algorithm" for a federated one, or "function" for a plain function on
+        arrays or trees.
       paper: where it comes from.
       summary: one line.
       api: the dotted name of its public entry.

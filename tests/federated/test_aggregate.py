@@ -278,6 +278,11 @@ def test_a_private_sum_carries_the_sensitivity_of_its_clip():
             "5 clients of 30 bits do not fit into 32: use at most 28 bits",
         ),
         (
+            lambda: private_sum(type("Records", (), {"clip": Clip(1.0), "unit": "record"})()),
+            ValueError,
+            "the plan is for records, and here the data of a client are one unit",
+        ),
+        (
             lambda: private_sum(type("NoPlan", (), {"clip": 1.0})()),
             TypeError,
             "declares no sensitivity: make it with odjax.privacy.Clip",
