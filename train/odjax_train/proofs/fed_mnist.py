@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,12 @@ def whole(model: nn.Module) -> Callable[..., Any]:
 
 def accuracy(model: nn.Module, params: Any, data: Data) -> float:
     """Per cent of the images named rightly."""
-    logits = jax.jit(model.apply)({"params": params}, data[0])
-    return 100 * float(np.mean(np.argmax(logits, -1) == data[1]))
+    return 100 * float(np.mean(np.asarray(_named(model)(params, data[0])) == data[1]))
+
+
+@cache
+def _named(model: nn.Module) -> Callable[..., jax.Array]:
+    return jax.jit(lambda params, x: jnp.argmax(model.apply({"params": params}, x), -1))
 
 
 def pretrained(model: nn.Module, data: Data, epochs: int, key: jax.Array) -> Any:
@@ -143,6 +148,7 @@ def plans(
                 lanes=lanes,
                 mask=sample.mask,
                 uniform=uniform or private,
+                bucket=256,
             )
         )
     return found
@@ -172,6 +178,7 @@ def simulate(
     Returns:
         (state, frozen) at the end.
     """
+    data = jax.device_put(data)
     if rate is not None:
         hyper = {**state.server.hyperparams, "learning_rate": jnp.float32(rate)}
         state = state._replace(server=state.server._replace(hyperparams=hyper))
