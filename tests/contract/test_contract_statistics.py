@@ -90,5 +90,8 @@ def test_a_row_of_weight_one_counts_once_and_one_of_weight_zero_not_at_all(row):
     ones = stat.result(observe(jnp.ones(6), *rows))
     close(ones, stat.result(stat.observe(stat.zero(), *rows)))
     values, *labels = rows
-    padded = (jnp.concatenate([values, jnp.full_like(values, jnp.nan)]), *(jnp.concatenate([y, y]) for y in labels))
+    padded = (
+        jnp.concatenate([values, jnp.full_like(values, jnp.nan)]),
+        *(jnp.concatenate([y, y]) for y in labels),
+    )
     close(ones, stat.result(observe(jnp.concatenate([jnp.ones(6), jnp.zeros(6)]), *padded)))

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import typing
 
 import flax.linen as nn
 import optax
@@ -14,6 +13,7 @@ import pytest
 import odjax
 from odjax.core.edits import Edit
 from odjax.core.statistics import Statistic
+from odjax.federated import Algorithm
 from odjax.registry import METHODS, find, methods_table_markdown
 
 from .contract_rows import KINDS, ROWS
@@ -33,6 +33,7 @@ NOT_ALONE = {
 }
 # Arguments of one engine: a row for each would test the same code again.
 SAME_ENGINE = {
+    "odjax.federated.lowrank.chain_round": "odjax.federated.algorithms.make_round",
     "odjax.sparse.engine.dst": "odjax.sparse.methods.rigl",
     **{
         f"odjax.sparse.methods.{name}": "odjax.sparse.methods.rigl"
@@ -45,7 +46,12 @@ SAME_ENGINE = {
     # Called, it is its backbone; what it adds is the head.
     "odjax.lowrank.guard.Guard": "odjax.lowrank.guard.GuardHead",
 }
-MADE_BY = {Edit: "edit", Statistic: "statistic", optax.GradientTransformation: "transform"}
+MADE_BY = {
+    Edit: "edit",
+    Statistic: "statistic",
+    optax.GradientTransformation: "transform",
+    Algorithm: "algorithm",
+}
 
 
 def resolve(api: str):
@@ -64,7 +70,9 @@ def public_objects():
                 if name not in PARTS and name in vars(importlib.import_module(info.name.rpartition(".")[0])):
                     yield f"{info.name}.{name}", "module"
             elif inspect.isfunction(value):
-                result = typing.get_type_hints(value).get("return")
+                # Arguments may have types that only a type checker imports.
+                result = value.__annotations__.get("return")
+                result = eval(result, vars(module)) if isinstance(result, str) else result
                 for made, kind in MADE_BY.items():
                     if inspect.isclass(result) and issubclass(result, made):
                         yield f"{info.name}.{name}", kind
@@ -85,6 +93,7 @@ def test_every_public_object_of_a_kind_has_a_row():
         "statistic",
         "transform",
         "module",
+        "algorithm",
     }  # the walk finds things
     missing = {(SAME_ENGINE.get(api, api), kind) for api, kind in objects if api not in NOT_ALONE}
     missing -= {(row.api, row.kind) for row in ROWS}
