@@ -141,7 +141,7 @@ METHODS: tuple[Method, ...] = (
             2024,
             "arXiv 2405.06368",
         ),
-        summary="Private low-rank factors of a rank that the server draws anew each round; any can be served.",
+        summary="Private low-rank factors of a rank that the server draws each round; any can be served.",
         api="odjax.federated.lowrank.dp_dylora",
         proofs=("dp-dylora",),
     ),
