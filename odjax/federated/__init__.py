@@ -31,6 +31,11 @@ from odjax.federated.local import LocalStep as LocalStep
 from odjax.federated.local import Shared as Shared
 from odjax.federated.local import local_scaffold as local_scaffold
 from odjax.federated.local import local_sgd as local_sgd
+from odjax.federated.lowrank import chain_round as chain_round
+from odjax.federated.lowrank import dp_dylora as dp_dylora
+from odjax.federated.lowrank import draw_rank as draw_rank
+from odjax.federated.lowrank import fed_dylora as fed_dylora
+from odjax.federated.lowrank import fed_low_rank as fed_low_rank
 from odjax.federated.packing import LanePlan as LanePlan
 from odjax.federated.packing import efficiency as efficiency
 from odjax.federated.packing import pack_chunks as pack_chunks
@@ -44,3 +49,5 @@ from odjax.federated.server import fed_avgm as fed_avgm
 from odjax.federated.server import server_step as server_step
 from odjax.federated.simulate import CohortResult as CohortResult
 from odjax.federated.simulate import simulate_cohort as simulate_cohort
+from odjax.federated.traffic import Traffic as Traffic
+from odjax.federated.traffic import traffic as traffic
