@@ -298,6 +298,17 @@ def fed_dylora(
         a rank outside 1 to R, or `rank` with the mode "frozen".
 
     Source: Xu et al. 2024, "DP-DyLoRA", algorithm 1; Valipour et al. 2022, "DyLoRA", algorithm 1.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from odjax.lowrank import FACTORS, adapt
+      >>> model = adapt(nn.Dense(3), rank=2)
+      >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+      >>> algorithm = fed_dylora(model, params, lambda *_: {}, optax.sgd(0.1), ranks=[1.0, 0.0])
+      >>> rank = algorithm.context(jax.random.key(1), 0)
+      >>> algorithm.mask(partition(params, FACTORS)[0], rank)["lora_b"]
+      Array([[1., 1., 1.],
+             [0., 0., 0.]], dtype=float32)
     """
     from odjax.lowrank import FACTORS, nested
 

@@ -255,6 +255,34 @@ def test_cut_clients_and_masked_ones_make_one_round(server, alpha):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
 
 
+def test_what_is_no_factor_trains_at_every_rank_cut_or_masked():
+    model = model_of()
+    free, frozen = started(model)
+    where = r"lora_(a|b)|bias"
+    whole = combine(free, frozen)
+    free, frozen = partition(whole, where)
+    rank = int(draw_rank(KEY, 0, R))
+    build = functools.partial(fed_dylora, model, whole, loss, optax.sgd(0.1), trainable=where)
+    a, b = (one_round(model, algorithm, free, frozen).params for algorithm in (build(), build(rank=rank)))
+    assert np.abs(a["bias"] - free["bias"]).max() > 1e-3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
+
+
+def test_a_private_round_at_a_rank_is_the_same_on_a_mesh():
+    model = model_of()
+    free, frozen = started(model)
+    algorithm = dp_dylora(model, combine(free, frozen), loss, optax.sgd(0.1), plan_of(1.0))
+    mesh = jax.make_mesh((2,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
+    plan = planned(uniform=True)
+    found = [
+        jax.jit(make_round(algorithm, mesh=devices))(
+            init(algorithm, free, 3), clients().examples, plan, KEY, frozen
+        )[0].params
+        for devices in (None, mesh)
+    ]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *found)
+
+
 def test_at_the_full_rank_it_is_federated_lora():
     model = model_of()
     free, frozen = started(model)

@@ -184,8 +184,8 @@ def _packing_claims(quick: bool) -> list[Claim]:
     padding, blocks = efficiency(pack_chunks(steps, 50)), efficiency(pack_chunks(steps, 10))
     claims = [
         Claim(
-            "Lanes are packed nearly full where clients differ log-normally (50 clients, 339 steps, at most 28 "
-            "each).",
+            "Lanes are packed nearly full where clients differ log-normally (50 clients, 339 steps, at most "
+            "28 each).",
             "efficiency at least 0.98 in 2 and 5 lanes, in 10 at most a row more than any packing needs; at "
             "most 0.25 padded to the longest client",
             f"{', '.join(f'{value:.3f} in {n} lanes' for n, value in lanes.items())}; padded {padding:.3f}, "
