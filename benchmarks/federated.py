@@ -67,24 +67,29 @@ def mlp(*sizes: int) -> dict[str, jax.Array]:
     return params
 
 
-def in_turn(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant, which take turns; the first turn, which compiles, does not count."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+def in_turn(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """(wall, processor) seconds of each variant; the first turn, which compiles, does not count."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, run in variants.items():
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             jax.block_until_ready(run())
             if turn:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
     return times
 
 
-def show(times: dict[str, list[float]], extra: dict[str, str], title: str) -> None:
-    base = statistics.median(next(iter(times.values())))
-    print(f"\n| variant | {title} | time / first (quartiles) |\n|---|---|---|")
-    for name, own in times.items():
-        low, middle, high = (x / base for x in statistics.quantiles(own, n=4))
-        print(f"| {name} | {extra.get(name, '')} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
+def show(
+    times: dict[str, list[tuple[float, float]]], column: str = "", cells: dict[str, str] | None = None
+) -> None:
+    walls, processor = ({name: [pair[i] for pair in own] for name, own in times.items()} for i in (0, 1))
+    first = next(iter(times))
+    print(f"\n| | {column} | wall / first (quartiles) | processor / first |\n|---|---|---|---|")
+    for name, own in walls.items():
+        low, middle, high = (x / statistics.median(walls[first]) for x in statistics.quantiles(own, n=4))
+        work = statistics.median(processor[name]) / statistics.median(processor[first])
+        cell = (cells or {}).get(name, "")
+        print(f"| {name} | {cell} | {middle:.2f} ({low:.2f} to {high:.2f}) | {work:.2f} |")
 
 
 def packing(rounds: int) -> None:
@@ -195,7 +200,7 @@ def packing(rounds: int) -> None:
     print(
         f"\nPacking: 50 clients, {steps.sum()} steps, longest {longest}; lanes and loop differ by {far:.1e}"
     )
-    show(in_turn(variants, rounds), parts, "work that is some client's")
+    show(in_turn(variants, rounds), "steps that are some client's", parts)
     best = fastest_lanes(lambda plan: run(state, data, plan, KEY), store, ids, batch=BATCH, seed=0)
     print(f"\nfastest_lanes: {best}")
 
@@ -209,9 +214,7 @@ def packing(rounds: int) -> None:
                 "clip, sum, noise": lambda: private_round(state, data, uniform, KEY),
             },
             rounds,
-        ),
-        {},
-        "",
+        )
     )
 
 
@@ -314,7 +317,7 @@ def convolutions(rounds: int) -> None:
         "patches, compiled loop, 5 lanes": variant(patch_conv, "compiled", 5),
     }
     print("\nConvolutions: 5 clients of 4 steps of 10 images, 28 x 28, kernels of 3 x 3, widths 16 and 32")
-    show(in_turn(variants, rounds), {}, "")
+    show(in_turn(variants, rounds))
 
 
 def main() -> None:

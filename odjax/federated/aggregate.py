@@ -30,6 +30,8 @@ class Aggregator:
         every weight but 0 counts as 1.
       sensitivity: `relation -> float`, by how much one client moves the sum; None where it is not bounded.
       private: whether figures of clients may not be shown, since only the update is covered by the noise.
+      one_by_one: whether the clients that end together are observed one after another, each in place. For
+        states that are much larger than a delta; others are observed side by side and summed.
     """
 
     statistic: Callable[[Any, int], Statistic]
@@ -38,6 +40,7 @@ class Aggregator:
     uniform: bool = False
     sensitivity: Callable[[str], float] | None = None
     private: bool = False
+    one_by_one: bool = False
 
 
 class WeightedSum(NamedTuple):
@@ -183,8 +186,8 @@ def private_sum(plan: Any) -> Aggregator:
         )
     if getattr(plan, "unit", "user") == "record":
         raise ValueError(
-            "the plan is for records, and here the data of a client are one unit: make it with unit='user'; for "
-            "records there is odjax.privacy.private_gradient"
+            "the plan is for records, and here the data of a client are one unit: make it with unit='user'; "
+            "for records there is odjax.privacy.private_gradient"
         )
     return Aggregator(
         _sums,
@@ -234,16 +237,15 @@ def stacked(finish: Callable[[Stacked], Any]) -> Aggregator:
             state: Stacked, delta: Any, weight: jax.Array, position: jax.Array, key: jax.Array
         ) -> Stacked:
             del key
-            own = (jnp.arange(cohort, dtype=jnp.int32) == position) & (weight != 0)
+            # Without weight there may be no position either: zero is then added to some place.
+            at = jnp.maximum(position, 0)
 
             def placed(buffer: jax.Array, leaf: jax.Array) -> jax.Array:
-                at = jnp.expand_dims(own, tuple(range(1, buffer.ndim)))
-                new = leaf[None].astype(buffer.dtype)
-                return buffer + jnp.where(at, new, jnp.zeros_like(new))
+                own = jnp.where(weight != 0, leaf, jnp.zeros_like(leaf)).astype(buffer.dtype)
+                own += jax.lax.dynamic_index_in_dim(buffer, at, keepdims=False)
+                return jax.lax.dynamic_update_index_in_dim(buffer, own, at, 0)
 
-            return Stacked(
-                jax.tree.map(placed, state.deltas, delta), state.weights + jnp.where(own, weight, 0.0)
-            )
+            return jax.tree.map(placed, state, Stacked(delta, weight))
 
         return Statistic(
             zero=lambda: Stacked(_zeros(delta, (cohort,)), jnp.zeros((cohort,), jnp.float32)),
@@ -253,7 +255,7 @@ def stacked(finish: Callable[[Stacked], Any]) -> Aggregator:
             additive=True,
         )
 
-    return Aggregator(statistic, lambda state, key, mask: masked(finish(state), mask))
+    return Aggregator(statistic, lambda state, key, mask: masked(finish(state), mask), one_by_one=True)
 
 
 def trimmed_mean(trim: float) -> Aggregator:

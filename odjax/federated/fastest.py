@@ -24,7 +24,7 @@ def fastest_lanes(
 ) -> int:
     """Runs a round of one cohort with several numbers of lanes and says which was the fastest.
 
-    More lanes fill an accelerator that one small model leaves idle, and are slower than one on most CPUs. The
+    More lanes fill an accelerator that one small model leaves idle; on CPUs they may be slower than one. The
     result of a round does not depend on them but for rounding.
 
     Args:

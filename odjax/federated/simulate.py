@@ -266,6 +266,17 @@ def _only(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], tree)
 
 
+def _at(tree: Any, at: int | jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, at, keepdims=False), tree)
+
+
+def _over_lanes(x: jax.Array) -> jax.Array:
+    """The sum over the leading axis. XLA's own takes four times a whole step on CPUs; a product does not."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.sum(x, axis=0, dtype=x.dtype)
+    return jnp.tensordot(jnp.ones(x.shape[:1], x.dtype), x, 1, precision=jax.lax.Precision.HIGHEST)
+
+
 class _Device(NamedTuple):
     """The part of one device; `axes` are the mesh axes that are mapped by hand."""
 
@@ -373,7 +384,7 @@ class _Device(NamedTuple):
     def _read(self, at: int | jax.Array, plan: RoundPlan) -> _Row:
         lanes = plan.lanes
         taken = (lanes.slot, lanes.step, lanes.first, lanes.last, lanes.active, plan.index, plan.mask)
-        return _Row(*(jax.lax.dynamic_index_in_dim(jnp.asarray(x), at, keepdims=False) for x in taken))
+        return _Row(*_at(jax.tree.map(jnp.asarray, taken), at))
 
     def _stepped(
         self, state: Any, shared: Shared, data: Data, plan: RoundPlan, key: jax.Array, row: _Row
@@ -426,10 +437,14 @@ class _Device(NamedTuple):
 
         if len(lanes) == 1:
             return observed(total, deltas, *_only((weight, position, keys)))
+        clients = (deltas, weight, position, keys)
+        if self.aggregator.one_by_one:
+            return jax.lax.fori_loop(
+                0, len(lanes), lambda at, total: observed(total, *_at(clients, at)), total
+            )
         zero = self.varying(statistic.zero())
-        found = jax.vmap(lambda *own: observed(zero, *own))(deltas, weight, position, keys)
-        summed = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), found)
-        return statistic.combine(total, summed)
+        found = jax.vmap(lambda *own: observed(zero, *own))(*clients)
+        return statistic.combine(total, jax.tree.map(_over_lanes, found))
 
 
 def _where(which: jax.Array, new: Any, old: Any) -> Any:
