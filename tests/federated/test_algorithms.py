@@ -1,5 +1,6 @@
 """Algorithms: fixed points in closed form, and what the round makes of its parts."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -21,7 +22,7 @@ from odjax.federated import (
     scaffold,
     weighted_mean,
 )
-from odjax.privacy import Clip
+from odjax.privacy import Clip, privacy_plan
 
 from .world import (
     KEY,
@@ -173,6 +174,35 @@ class Plan:
 
     def privatize(self, total, key, mask=None):
         return total
+
+
+def test_without_noise_and_clip_a_private_round_is_the_sum_over_the_expected_cohort():
+    privacy = privacy_plan(population=7, cohort=4, clip=math.inf, rounds=1, delta=1e-2, noise_multiplier=0.0)
+    private = fed_avg(noisy, optax.sgd(0.1), aggregator=private_sum(privacy))
+    got, _ = trained(private, plan((4, 0, 6), uniform=True))
+    mean, _ = trained(algorithm(), plan((4, 0, 6), uniform=True))
+    # three clients came, four were expected: the divisor is fixed
+    expected = jax.tree.map(lambda m, p: p + (m - p) * 3 / 4, mean.params, params())
+    assert_close(got.params, expected)
+
+
+def test_every_round_has_noise_of_its_own_of_the_size_that_the_plan_says():
+    privacy = privacy_plan(population=7, cohort=4, clip=0.2, rounds=3, delta=1e-2, noise_multiplier=2.0)
+    aggregator = private_sum(privacy)
+    state = init(
+        fed_avg(noisy, optax.sgd(0.1), aggregator=aggregator), {"w": jnp.zeros(3), "b": jnp.zeros(())}, 7
+    )
+    total = aggregator.statistic({"w": jnp.zeros(4000)}, 7).zero()
+    noise = aggregator.finish(total, KEY, None)["w"]
+    assert abs(float(noise.std()) * 4 / (2.0 * 0.2) - 1) < 0.05
+    nobody = plan((0, 1), mask=[False, False], uniform=True)
+    run = jax.jit(make_round(fed_avg(noisy, optax.sgd(0.1), aggregator=aggregator)))
+    moves = []
+    for _ in range(2):
+        new, _ = run(state, clients().examples, nobody, KEY)
+        moves.append(np.asarray(new.params["w"] - state.params["w"]))
+        state = new
+    assert (moves[0] != moves[1]).all()  # also where nobody came
 
 
 def test_what_a_client_keeps_is_refused_beside_a_private_aggregator():
