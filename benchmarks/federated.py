@@ -18,6 +18,7 @@ import itertools
 import os
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,11 @@ def population(rounds: int, clients: int = 1_000_000) -> None:
         f"{row * clients / 1e9:.1f} GB if all were written; {before:.0f} MB resident before the population,"
     )
     print(f"{resident() - before:.0f} MB more with it")
+    for units in (10**4, clients, 10**9):
+        tracemalloc.start()
+        poisson_sample(0, 0, units, 1000 / units, poisson_capacity(units, 1000 / units))
+        print(f"1,000 of {units:,} sampled: {tracemalloc.get_traced_memory()[1] / 1e3:.0f} kB at most")
+        tracemalloc.stop()
     run = make_round(algorithm, local_data=True)
     written: set[int] = set()
     print("\n| expected cohort | sample, ms | plan, ms | local data, ms | round, ms |", end="")
