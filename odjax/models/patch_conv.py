@@ -1,8 +1,7 @@
 """Convolution as patches times a matrix, without any convolution in the program.
 
-XLA on CPUs runs a convolution inside a compiled loop many times slower than outside, and a convolution with a
-kernel for each of several models (`jax.vmap` over kernels) as a grouped one, which is slow everywhere. A
-product of matrices is neither.
+XLA on CPUs runs a convolution inside a compiled loop several times slower than outside, and makes a grouped one
+of a kernel for each of several models (`jax.vmap` over kernels). A product of matrices suffers from neither.
 """
 
 from __future__ import annotations
