@@ -148,5 +148,6 @@ METHODS: tuple[Method, ...] = (
         ),
         summary="Moderation by low-rank factors and a head that leave the chat model as it is, bit for bit.",
         api="odjax.lowrank.guard.Guard",
+        proofs=("lora-guard",),
     ),
 )
