@@ -45,8 +45,9 @@ USERS, IMAGES, ROUNDS, RANK, CLIP, DELTA = 980, 30, 80, 8, 0.5, 1e-3
 MODEL = MLP((128, 128, 5))
 LORA = adapt(MODEL, rank=RANK, alpha=float(RANK))
 FFA = adapt(MODEL, rank=RANK, alpha=float(RANK), method="lora_fa", clip_rank=True)
+DRAWS = 3  # of cohorts, noise and ranks, for the accuracy by serving rank
 COLUMNS = {"no noise": (0.0, 40), "z 1, C 100": (1.0, 100), "z 1, C 40": (1.0, 40), "z 2, C 40": (2.0, 40)}
-RATES = {"full": (1e-3, 2e-3, 3e-3, 5e-3), "FFA": (1e-2, 3e-2, 5e-2, 1e-1)}
+RATES = {"full": (2e-3, 3e-3, 5e-3, 1e-2), "FFA": (1e-2, 3e-2, 5e-2, 1e-1)}
 RATES["LoRA"] = RATES["DyLoRA"] = (5e-3, 1e-2, 2e-2, 3e-2)
 
 
@@ -241,7 +242,12 @@ def prove(folder: Path, *, quick: bool, seed: int) -> Proof:
     seeds = (seed, seed + 1)
     big = [setting.fit("LoRA", real, rate, one).accuracy for one in seeds]
     small = [setting.fit("LoRA", real.forecast(40), rate, one).accuracy for one in seeds]
-    lora, dylora = (rows[method]["z 1, C 40"].by_rank for method in ("LoRA", "DyLoRA"))
+    served = {}
+    for method in ("LoRA", "DyLoRA"):
+        plan, best = private_plan(*COLUMNS["z 1, C 40"]), rows[method]["z 1, C 40"].rate
+        several = [setting.fit(method, plan, best, seed + draw).by_rank for draw in range(DRAWS)]
+        served[method] = tuple(float(x) for x in np.mean(several, 0))
+    lora, dylora = served["LoRA"], served["DyLoRA"]
     name = save_figure(folder / "dp_dylora.svg", lambda axes: _plot(axes, lora, dylora), (6, 4))
     return Proof("dp-dylora", (*claims, *_table_claims(rows, lora, dylora, big, small)), quick, (name,))
 
@@ -254,7 +260,7 @@ def _plot(axes: Any, lora: tuple[float, ...], dylora: tuple[float, ...]) -> None
     axes.set(
         xlabel="serving rank",
         ylabel="test accuracy (%)",
-        title=f"one private run each, epsilon {epsilon:.1f}",
+        title=f"means of {DRAWS} private runs, epsilon {epsilon:.1f}",
     )
     axes.legend()
 
@@ -279,7 +285,7 @@ def _table_claims(
     return [
         Claim(
             "DP-DyLoRA serves the ranks 3 to 8 alike, DP-LoRA cut to them does not (z 1, C 40).",
-            "within 5 points, and a spread of at least 15",
+            f"within 5 points, and a spread of at least 15, means of {DRAWS} draws of cohorts and noise",
             f"{flat:.1f} and {steep:.1f} points; ranks 1 to 8: DyLoRA {_list(dylora)}, LoRA {_list(lora)}",
             flat <= 5 and steep >= 15,
         ),
