@@ -1,7 +1,7 @@
 """Convolution as patches times a matrix, without any convolution in the program.
 
-XLA on CPUs runs a convolution inside a compiled loop several times slower than outside, and makes a grouped one
-of a kernel for each of several models (`jax.vmap` over kernels). A product of matrices suffers from neither.
+XLA on CPUs runs a convolution inside a compiled loop several times slower than outside, and makes a grouped
+one of a kernel for each of several models (`jax.vmap` over kernels). A product of matrices is neither.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ class Plan:
     """Stands for a privacy plan: clips to 1, divides by 4, and adds no noise."""
 
     clip = Clip(1.0)
+    unit = "user"
 
     def privatize(self, total, key, mask=None):
         return jax.tree.map(lambda x: x / 4, total)

@@ -171,6 +171,7 @@ class Plan:
     """Stands for a privacy plan without noise."""
 
     clip = Clip(1.0)
+    unit = "user"
 
     def privatize(self, total, key, mask=None):
         return total

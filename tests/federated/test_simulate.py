@@ -1,6 +1,7 @@
 """A cohort's training: no packing, no padding and no other client changes what a client gives."""
 
 import functools
+import re
 from dataclasses import replace
 
 import jax
@@ -52,6 +53,8 @@ STACK = stacked(lambda stack: stack.deltas)
 
 class Plan:
     """Stands for a privacy plan without noise."""
+
+    unit = "user"
 
     def __init__(self, norm):
         self.clip = Clip(norm)
@@ -255,8 +258,9 @@ def test_a_round_outside_jit_compiles_once():
         assert counts[0] == counts[1] == counts[2]
 
 
-def test_no_parameters_are_copied_in_the_loop_of_a_single_lane():
-    """Beyond the start of a client, and nothing is selected; lanes select where one begins."""
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_no_parameters_are_copied_from_step_to_step(lanes):
+    """Beyond the start of a client, which is a branch; lanes select there, and nowhere else."""
     big = {"w": jnp.zeros((64, 3)), "b": jnp.zeros(())}
 
     def loss(params, shared, batch, mask, key):
@@ -264,14 +268,18 @@ def test_no_parameters_are_copied_in_the_loop_of_a_single_lane():
         return {"loss": (jnp.sum(jnp.where(mask, hidden**2, 0.0)), jnp.sum(mask.astype(jnp.float32)))}
 
     own = fed_avg(loss, optax.sgd(0.1))
-    state = init(own, big, len(SIZES))
-    run = jax.jit(make_round(own))
-    text = run.lower(state, clients().examples, plan(COHORT), KEY).compile().as_text()
-    loops = [part for part in text.split("\n\n") if "f32[64,3]" in part and "while/body" in part]
-    assert loops
-    steps = [line for part in loops if " conditional(" in part for line in part.splitlines()]
-    assert not [line for line in steps if " copy(" in line and "f32[64,3]" in line]
-    assert not [line for line in steps if "f32[64,3]" in line.split("=")[-1][:30] and "select" in line[:60]]
+    state, one = init(own, big, len(SIZES)), plan(COHORT, lanes=lanes)
+    text = jax.jit(make_round(own)).lower(state, clients().examples, one, KEY).compile().as_text()
+    (body,) = (part for part in text.split("\n\n") if part.count(" conditional(") == 2)  # a row of the loop
+    shape = r"f32\[(\d,)?64,3\]\S*"
+    assert re.search(rf"= {shape} \w+\(", body)  # the step itself
+    assert not re.search(rf"= {shape} (copy|select)\(", body)
+    fused = re.findall(r"calls=(%\S+?)[,\s]", body)
+    assert not [
+        part
+        for part in text.split("\n\n")
+        if part.split(" ")[0] in fused and re.search(rf"{shape} select\(", part)
+    ]
 
 
 def test_bfloat16_parameters_are_summed_in_float32():

@@ -51,6 +51,7 @@ class Noisy:
     """Stands for a privacy plan whose noise is of the size of the clip."""
 
     clip = Clip(0.05)
+    unit = "user"
 
     def privatize(self, total, key, mask=None):
         return jax.tree.map(lambda x: x / 4, gaussian_noise(self.clip, 1.0, key, total, mask=mask))
