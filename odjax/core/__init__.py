@@ -1,5 +1,7 @@
 """What every family builds on: paths, trees, keys, edits, optimizer state, statistics, exact selection."""
 
+from odjax.core.average_precision import average_precision as average_precision
+from odjax.core.average_precision import average_precision_over as average_precision_over
 from odjax.core.axes import named as named
 from odjax.core.class_moments import ClassMoments as ClassMoments
 from odjax.core.class_moments import ClassMomentsResult as ClassMomentsResult

@@ -30,6 +30,7 @@ class Aggregator:
         every weight but 0 counts as 1.
       sensitivity: `relation -> float`, by how much one client moves the sum; None where it is not bounded.
       private: whether figures of clients may not be shown, since only the update is covered by the noise.
+      plan: of a private sum, the plan or forecast whose clip and noise it applies.
       one_by_one: whether the clients that end together are observed one after another, each in place. For
         states that are much larger than a delta; others are observed side by side and summed.
     """
@@ -41,6 +42,7 @@ class Aggregator:
     sensitivity: Callable[[str], float] | None = None
     private: bool = False
     one_by_one: bool = False
+    plan: Any = None
 
 
 class WeightedSum(NamedTuple):
@@ -146,7 +148,7 @@ def _clipped(clip: Any, delta: Any) -> tuple[Any, Figures]:
     finite = jnp.isfinite(norm)
     return clipped, {
         "norm": (jnp.where(finite, norm, 0.0), jnp.where(finite, one, 0.0)),
-        "clipped": ((norm > clip.norm).astype(jnp.float32), one),
+        "clipped": ((norm > getattr(clip, "norm", math.inf)).astype(jnp.float32), one),
     }
 
 
@@ -184,7 +186,7 @@ def private_sum(plan: Any) -> Aggregator:
         raise TypeError(
             f"the plan's clip, {clip!r}, declares no sensitivity: make it with odjax.privacy.Clip(norm)"
         )
-    if getattr(plan, "unit", "user") == "record":
+    if plan.unit == "record":
         raise ValueError(
             "the plan is for records, and here the data of a client are one unit: make it with unit='user'; "
             "for records there is odjax.privacy.private_gradient"
@@ -196,6 +198,7 @@ def private_sum(plan: Any) -> Aggregator:
         uniform=True,
         sensitivity=clip.sensitivity,
         private=not isinstance(plan, PrivacyForecast),
+        plan=plan,
     )
 
 

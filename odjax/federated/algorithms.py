@@ -200,10 +200,12 @@ def make_round(
       local_data: see `simulate_cohort`.
 
     Returns:
-      `(state, data, plan, key, frozen=None, collections=None) -> (state, figures)`. `key` is the run's and
-      never changes; figures are sums and counts over the cohort, empty where they are private. It may go into
-      `jax.jit`, but where the population lies on the host: then call it as it is. Its parts are compiled, and
-      only the cohort's rows move. Put `data` on the devices once (`jax.device_put`).
+      `(state, data, plan, key, frozen=None, collections=None, noise_key=None) -> (state, figures)`. `key` is
+      the run's and never changes. `noise_key`, as constant, is for what the aggregator draws, and is folded
+      from `key` where it is None: the noise of a private sum hides nothing from who knows its key. Figures
+      are sums and counts over the cohort, empty where they are private. It may go into `jax.jit`, but where
+      the population lies on the host: then call it as it is. Its parts are compiled, and only the cohort's
+      rows move. Put `data` on the devices once (`jax.device_put`).
 
     Raises:
       ValueError: as `simulate_cohort`, and a delta that is no tree like the parameters.
@@ -229,7 +231,7 @@ def make_round(
     finish = algorithm.aggregator.finish
 
     def serve(state: FederatedState, total: Any, mask: Any, key: jax.Array, clients: int) -> FederatedState:
-        update = finish(total, fold_step(fold_path(key, "aggregate"), state.round), mask)
+        update = finish(total, fold_step(key, state.round), mask)
         control = state.control
         if algorithm.control:
             if not isinstance(update, Controlled):
@@ -251,6 +253,7 @@ def make_round(
         key: jax.Array,
         frozen: Any = None,
         collections: Any = None,
+        noise_key: jax.Array | None = None,
     ) -> tuple[FederatedState, Figures]:
         context = mask = None
         if algorithm.context is not None:
@@ -265,7 +268,8 @@ def make_round(
         clients = 1
         if state.population is not None:
             clients = jax.tree.leaves(state.population)[0].shape[0]
-        stepped = serve(rest, result.total, mask, key, clients)
+        drawn = fold_path(key, "aggregate") if noise_key is None else noise_key
+        stepped = serve(rest, result.total, mask, drawn, clients)
         population = state.population
         if population is not None:
             population = scatter(population, plan.client, result.private)

@@ -53,6 +53,11 @@ def _check_floats(tree: Any) -> list[jax.Array]:
                 f"the leaf {path!r} is {leaf.dtype}: only real floats are clipped; leave it out with "
                 f"odjax.partition, or convert it"
             )
+        if leaf.dtype == jnp.float16:
+            raise TypeError(
+                f"the leaf {path!r} is float16, whose smallest numbers are so far apart that rounding leads "
+                f"beyond the bound: convert it to bfloat16 or float32"
+            )
         leaves.append(leaf)
     return leaves
 
@@ -71,15 +76,15 @@ class Clip:
     | zero, no leaves          | the same                | 0     |
     | NaN or inf in any leaf   | zero in every leaf      | inf   |
 
-    A leaf of bfloat16 or float16 that is scaled is scaled by a rounding unit (2^-8, 2^-11) less than the
-    others, so that rounding to nearest does not lead beyond C. Squares neither overflow nor underflow.
+    A leaf of bfloat16 that is scaled is scaled by a rounding unit (2^-8) less than the others, so that
+    rounding to nearest does not lead beyond C. Squares neither overflow nor underflow.
 
     Attributes:
       norm: C > 0; inf leaves everything finite as it is.
 
     Raises:
       ValueError: a norm that is not above 0.
-      TypeError: when called, a leaf that is no real float.
+      TypeError: when called, a leaf that is no real float, or one of float16.
 
     Source: M. Abadi et al., Deep Learning with Differential Privacy, CCS 2016, arXiv 1607.00133, Algorithm 1;
       for the updates of users H. B. McMahan et al., arXiv 1710.06963.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from odjax.privacy.noise import Draw, release
-from odjax.privacy.sampling import Sample, fixed_sample, poisson_capacity, poisson_sample
+from odjax.privacy.sampling import Sample, check_whole, fixed_sample, poisson_capacity, poisson_sample
 
 if TYPE_CHECKING:
     from odjax.privacy.plan import PrivacyPlan
@@ -25,15 +25,17 @@ class PrivacyForecast:
     Attributes:
       plan: what is predicted.
       cohort: c, the expected number of units a round.
+      simulated: units that there are to simulate with; None for the plan's N.
 
     Raises:
-      ValueError: a cohort that is not above 0 or larger than the plan's.
+      ValueError: a cohort that is not above 0, or larger than the plan's or than what there is.
 
     Source: F. Granqvist et al., pfl-research, NeurIPS 2024, arXiv 2404.06430.
     """
 
     plan: PrivacyPlan
     cohort: float
+    simulated: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the cohort."""
@@ -43,6 +45,8 @@ class PrivacyForecast:
                 f"a forecast simulates with fewer units: cohort must be above 0 and at most that of the plan,"
                 f" {self.plan.normalizer:g}, got {self.cohort!r}"
             )
+        if self.simulated is not None and check_whole("population", self.simulated, 1) < self.cohort:
+            raise ValueError(f"a cohort of {self.cohort:g} is larger than a population of {self.simulated}")
         if self.plan.sampling == "fixed" and self.cohort != round(self.cohort):
             raise ValueError(f"sampling='fixed' needs a whole cohort, got {self.cohort!r}")
 
@@ -53,13 +57,18 @@ class PrivacyForecast:
 
     @property
     def population(self) -> int:
-        """N units."""
-        return self.plan.population
+        """Units to draw from: the plan's N, or those that there are."""
+        return self.plan.population if self.simulated is None else self.simulated
+
+    @property
+    def unit(self) -> str:
+        """The plan's unit."""
+        return self.plan.unit
 
     @property
     def rate(self) -> float:
-        """c / N."""
-        return self.cohort / self.plan.population
+        """c over the units to draw from."""
+        return self.cohort / self.population
 
     @property
     def clip(self) -> Any:

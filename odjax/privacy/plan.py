@@ -204,11 +204,12 @@ class PrivacyPlan:
             draw=draw,
         )
 
-    def forecast(self, cohort: float) -> PrivacyForecast:
+    def forecast(self, cohort: float, population: int | None = None) -> PrivacyForecast:
         """The simulation of this plan with fewer units a round: a prediction of accuracy, not private.
 
         Args:
           cohort: c, the expected number of units a round, at most that of the plan.
+          population: units that there are to simulate with; None for the plan's N.
 
         Returns:
           A `PrivacyForecast` with the methods of a plan.
@@ -216,7 +217,7 @@ class PrivacyPlan:
         Raises:
           ValueError: a cohort that is not above 0 or larger than the plan's.
         """
-        return PrivacyForecast(self, cohort)
+        return PrivacyForecast(self, cohort, population)
 
     def __str__(self) -> str:
         """One line: what is promised to whom, and by which numbers."""

@@ -49,7 +49,7 @@ def test_the_plan_of_the_language_model_benchmark_has_its_published_noise():
     assert abs(plan.noise_multiplier - 0.8005) < 1e-4
     assert 2.0 - 1e-3 <= plan.epsilon() <= 2.0
     assert plan.rate == 0.005
-    assert plan.capacity == 5425
+    assert plan.capacity == 5488
     assert plan.normalizer == 5000
 
 
@@ -128,7 +128,7 @@ def test_the_sampler_is_that_of_the_accountant():
     plan = make()
     sizes = [plan.sample(7, r).mask.sum() for r in range(50)]
     assert len(set(sizes)) > 10
-    assert plan.sample(7, 0).ids.shape == (160,)
+    assert plan.sample(7, 0).ids.shape == (176,)
 
 
 def test_a_plan_prints_in_one_line():
@@ -156,8 +156,8 @@ def test_a_forecast_has_the_noise_of_the_large_cohort_on_its_mean():
     zero = {"w": jnp.zeros(3)}
     np.testing.assert_allclose(small.privatize(zero, KEY)["w"], plan.privatize(zero, KEY)["w"], rtol=1e-5)
     assert small.normalizer == 50
-    assert small.capacity == 93
-    assert small.sample(0, 0).ids.shape == (93,)
+    assert small.capacity == 107
+    assert small.sample(0, 0).ids.shape == (107,)
     assert small.clip is plan.clip
     assert small.sensitivity() == plan.sensitivity()
 
@@ -258,3 +258,14 @@ def test_parts_that_do_not_go_together_are_errors(changes, error, message):
 def test_a_forecast_needs_a_smaller_cohort(cohort):
     with pytest.raises(ValueError, match="cohort must be above 0 and at most that of the plan, 100"):
         make().forecast(cohort)
+
+
+def test_a_forecast_may_simulate_with_fewer_units_than_it_predicts_for():
+    plan = make(population=10**5, cohort=5000, noise_multiplier=0.8)
+    small = plan.forecast(50, population=980)
+    assert small.population == 980
+    assert small.unit == plan.unit
+    np.testing.assert_allclose(small.noise_multiplier, 0.8 * 50 / 5000)
+    assert small.sample(0, 0).ids.max() <= 980
+    with pytest.raises(ValueError, match="a cohort of 50 is larger than a population of 40"):
+        plan.forecast(50, population=40)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from odjax.privacy import fixed_sample, poisson_capacity, poisson_sample
 
@@ -96,10 +97,20 @@ def test_a_cohort_is_never_cut_off():
         poisson_sample(0, r, 1000, 0.01, size - 1)
 
 
-def test_the_capacity_is_the_mean_and_six_standard_deviations():
-    assert poisson_capacity(10_000, 0.01) == 160
+@pytest.mark.parametrize(
+    ("population", "rate"), [(10**6, 5e-3), (10**4, 0.01), (1000, 1e-3), (10**6, 1e-6), (50, 0.5)]
+)
+def test_fewer_than_one_round_in_ten_to_the_ten_needs_more_than_the_capacity(population, rate):
+    capacity = poisson_capacity(population, rate)
+    assert binom.sf(capacity, population, rate) < 1e-10
+    # And not many places more than that needs.
+    assert capacity <= binom.isf(1e-10, population, rate) + 10 + 0.1 * rate * population
+
+
+def test_the_capacity_is_that_of_bernsteins_inequality():
+    # t = a + sqrt(a^2 + 6 a q N) with a = ln(10^10) / 3 = 7.675: 100 + 7.67 + 68.3.
+    assert poisson_capacity(10_000, 0.01) == 176
     assert poisson_capacity(40, 0.9) == 40
-    assert poisson_capacity(10**6, 1e-6) == 7
 
 
 @given(st.integers(0, 2**40), st.sampled_from([(1, 1), (10, 3), (10, 9), (10, 10), (10**9, 100)]))

@@ -1,5 +1,6 @@
 """Federated runs by the command line: rounds, meshes, resume, privacy, what is written down and what is not."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -12,7 +13,7 @@ import optax
 import pytest
 
 from odjax.core import fold_path, leaves_with_paths, partition
-from odjax.federated import FederatedState, fed_avg, make_round
+from odjax.federated import FederatedState, fed_avg, make_round, private_sum, scaffold, secure_sum
 from odjax.models import MLP
 from odjax.privacy import privacy_plan
 from odjax_train import ByClient, Experiment, Federated, UserError, classification, cli
@@ -158,8 +159,6 @@ def test_a_resumed_run_goes_through_the_same_rounds_bit_for_bit(tmp_path):
 def test_what_clients_keep_lies_over_the_lanes_and_stays_where_they_are_not_asked(
     federated, data, program_of
 ):
-    from odjax.federated import scaffold
-
     experiment = federated(
         algorithm=lambda loss, server, aggregator: scaffold(loss, 0.1, server), uniform=True
     )
@@ -207,6 +206,14 @@ def test_a_private_run_writes_what_it_spends_and_nothing_of_a_client(tmp_path):
     assert str(plan) in report
     stored = json.loads((run / "run.json").read_text())["federated"]
     assert stored["privacy"] == str(plan)
+    assert "parameters and epsilon, nothing else" in report
+    secret = (run / "secret").read_text().strip()
+    assert len(secret) == 32
+    assert (run / "secret").stat().st_mode & 0o777 == 0o600
+    told = [path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "secret"]
+    data = ByClient(Images(source="digits"), by_label_shards(12))
+    for hidden in (secret, data.fingerprint, data.describe()["train_fingerprint"]):
+        assert not any(hidden.encode() in text for text in told)
     names = {path.name for path in (run / "checkpoints" / "6").rglob("*")}
     assert not any("population" in name or "control" in name for name in names)
 
@@ -268,6 +275,8 @@ def test_the_noise_of_a_round_does_not_depend_on_the_mesh(federated, data, progr
         ({"local_steps": 0}, "local_steps must be at least 1"),
         ({"strategy": "queue"}, "strategy must be one of lanes, chunks, loop"),
         ({"budget": 1.0}, "it needs privacy="),
+        ({"seed": -1}, "seed must be 0 to 4294967295"),
+        ({"seed": 2**32}, "seed must be 0 to 4294967295"),
         ({"accumulate": 2}, "a federated round has local steps instead"),
         ({"data": Images(source="digits")}, "wrap it, ByClient"),
     ],
@@ -283,6 +292,7 @@ def test_a_section_that_makes_no_sense_is_refused(federated, changes, message):
         ({"cohort": 4}, "the plan samples the cohort"),
         ({"uniform": True}, "drop aggregator= and uniform="),
         ({"budget": 1e-6}, "not even one round is within it"),
+        ({"budget": float("nan")}, "budget must be a positive epsilon, got nan"),
         ({"steps": 5}, "steps 5 are more than the 4 rounds"),
     ],
 )
@@ -291,14 +301,77 @@ def test_a_section_that_would_break_the_promise_is_refused(federated, changes, m
         federated(**{"privacy": _plan(), "cohort": None, **changes})
 
 
-def test_an_algorithm_that_goes_around_the_private_sum_is_refused(federated, program_of):
-    experiment = federated(
-        algorithm=lambda loss, server, aggregator: fed_avg(loss, optax.sgd(0.1), server),
-        privacy=_plan(),
-        cohort=None,
-    )
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        lambda loss, server, aggregator: fed_avg(loss, optax.sgd(0.1), server),
+        lambda loss, server, aggregator: scaffold(loss, 0.1, server),
+        lambda loss, server, aggregator: fed_avg(
+            loss, optax.sgd(0.1), server, aggregator=secure_sum(1.0, bits=8)
+        ),
+        lambda loss, server, aggregator: fed_avg(
+            loss, optax.sgd(0.1), server, aggregator=private_sum(_plan(clip=1e6, noise_multiplier=0.5))
+        ),
+    ],
+)
+def test_an_algorithm_that_goes_around_the_private_sum_is_refused(federated, program_of, algorithm):
+    experiment = federated(algorithm=algorithm, privacy=_plan(), cohort=None)
     with pytest.raises(UserError, match="must use the aggregator that it is given"):
         program_of(experiment, 1, 1, 1)
+
+
+def test_an_algorithm_that_keeps_something_of_a_client_is_refused_with_privacy(federated, program_of):
+    def algorithm(loss, server, aggregator):
+        return dataclasses.replace(
+            scaffold(loss, 0.1, server), aggregator=dataclasses.replace(aggregator, private=False)
+        )
+
+    experiment = federated(algorithm=algorithm, privacy=_plan(), cohort=None)
+    with pytest.raises(UserError, match="must keep nothing of a client"):
+        program_of(experiment, 1, 1, 1)
+
+
+def test_two_private_runs_have_different_noise_and_a_resumed_one_the_same(tmp_path):
+    config = tmp_path / "often.py"
+    config.write_text(CONFIG.read_text().replace("checkpoint_every=50", "checkpoint_every=2, log_every=1"))
+    flags = ("--epsilon", "8", "--delta", "0.01")
+    runs = [_train(tmp_path / name, *flags, config=config) for name in ("one", "two")]
+    norms = [[line["update_norm"] for line in _lines(run, "train")] for run in runs]
+    assert norms[0] != norms[1]
+    shutil.rmtree(runs[0] / "checkpoints" / "6")
+    _train(runs[0], *flags, config=config)
+    assert [line["update_norm"] for line in _lines(runs[0], "train")][-2:] == norms[0][-2:]
+    shutil.rmtree(runs[0] / "checkpoints" / "6")
+    (runs[0] / "secret").unlink()
+    with jax.numpy_dtype_promotion("standard"):
+        assert cli.run(["train", str(config), "--run", str(runs[0]), *SMALL, *flags]) == 2
+
+
+def test_a_measure_of_training_examples_is_refused_with_privacy(federated):
+    from odjax_train import neural_collapse
+
+    measure = neural_collapse(10)
+    assert measure.on == "train"
+    with pytest.raises(UserError, match="of training examples, which a private run must not show"):
+        federated(privacy=_plan(), cohort=None, measures=(measure,))
+
+
+def test_a_forecast_simulates_a_large_deployment_with_the_clients_there_are(federated, data, program_of):
+    plan = _plan(population=10**6, cohort=1000, delta=1e-7).forecast(4, population=12)
+    experiment = federated(privacy=plan, cohort=None)
+    program = program_of(experiment, 1, 1, 1)
+    with program.context(), RoundFeed(experiment.federated, data.clients(), "", 0, program.mesh) as rounds:
+        _, metrics = program.step(program.init(), next(rounds))
+    assert {"loss", "cohort", "clipped"} <= set(metrics)
+    assert "federated/epsilon" not in costs(program, 2)
+    with pytest.raises(UserError, match=r"give forecast\(cohort, population=\)"):
+        RoundFeed(
+            federated(privacy=plan.plan.forecast(4), cohort=None).federated,
+            data.clients(),
+            "",
+            0,
+            program.mesh,
+        )
 
 
 def test_a_plan_for_another_population_is_refused(federated, data, program_of):
@@ -329,6 +402,12 @@ def test_every_training_example_has_one_owner(split):
     data = ByClient(Images(source="digits"), split)
     assert data.clients().sizes.sum() == len(data.clients().examples["label"]) == 1438
     assert data.describe()["clients"] == 12
+
+
+def test_a_client_without_examples_is_a_client():
+    data = ByClient(Images(source="digits"), by_dirichlet(200, 0.05))
+    assert data.clients().count == 200
+    assert data.clients().sizes.min() == 0
 
 
 def test_label_shards_leave_a_client_a_few_labels(data):

@@ -122,6 +122,8 @@ class Experiment:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be 0 to {2**32 - 1}, got {self.seed}")
         if self.steps < 0:
             raise UserError(f"steps must not be negative, got {self.steps}")
         if self.keep_best < 0:
@@ -153,7 +155,13 @@ class Experiment:
                 f"a federated run needs to know who has which examples, which {type(self.data).__name__} "
                 "does not say: wrap it, ByClient(data, by_label_shards(100))"
             )
-        allowed = None if federated.privacy is None or federated.is_forecast else federated.privacy.rounds
+        allowed = None if federated.privacy is None else federated.privacy.rounds
+        looked = [each.name for each in self.measures if each.on == "train"]
+        if federated.is_private and looked:
+            raise UserError(
+                f"the measure {looked[0]!r} is of training examples, which a private run must not show: "
+                "take it on='held-out'"
+            )
         if allowed is not None and self.steps > allowed:
             raise UserError(
                 f"steps {self.steps} are more than the {allowed} rounds that the noise of the privacy plan "

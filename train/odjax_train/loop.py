@@ -268,6 +268,8 @@ class _Run:
     def diverged(self, error: _DivergedError, saved: int | None) -> Outcome:
         self.checkpoints.wait()
         position = f"batch {error.step - 1} of the data order (seed {self.experiment.seed}, counted from 0)"
+        if self.experiment.federated is not None:
+            position = f"round {error.step - 1} (counted from 0)"
         last = (
             "there is no checkpoint before it"
             if saved is None

@@ -16,7 +16,7 @@ from odjax import lowrank
 from odjax.core import leaves_with_paths
 from odjax.io.huggingface import load_bert, load_llama, load_vit
 from odjax.io.safetensors import load_safetensors
-from odjax.lowrank.adapt import Adapted
+from odjax.lowrank import Adapted, Guard
 from odjax.lowrank.factors import LEAVES
 from odjax.models import Bert, Decoder, ViT
 from odjax_train import run_folder
@@ -56,6 +56,8 @@ def start_from(source: Path, params: Any, model: nn.Module) -> tuple[Any, str]:
         UserError: when there is no such run or file, it cannot be read, or it has a parameter that the model
             does not have with that shape.
     """
+    if isinstance(model, Guard):  # its parameters are those of its backbone, and a new head
+        model = model.backbone
     mine = dict(leaves_with_paths(params))
     if source.suffix == ".safetensors":
         taken, name = _from_file(source, mine)

@@ -343,6 +343,8 @@ def _compiled_step(experiment: Experiment, shardings: TrainState, mesh: Mesh) ->
     if experiment.federated.strategy == "loop":
         return step
     batch = {"examples": whole, "plan": rounds.plan_shardings(mesh)}
+    if experiment.federated.privacy is not None:
+        batch["noise"] = whole
     return jax.jit(
         step,
         in_shardings=(shardings, batch),

@@ -19,6 +19,7 @@ from odjax_train.data import Feed, feed
 from odjax_train.distributed import advise, as_main, is_main, same_everywhere, together
 from odjax_train.errors import UserError
 from odjax_train.experiment import Experiment
+from odjax_train.federated import secret as secrets
 from odjax_train.federated.costs import describe
 from odjax_train.federated.feed import RoundFeed, opened
 from odjax_train.flags import TrainFlags
@@ -55,7 +56,7 @@ def start(
     folder = run_folder.default_folder(config) if folder is None else folder
     experiment = config.experiment()
     program = _built(experiment, mesh)
-    data = together(experiment.data.describe)
+    data = together(lambda: _described(experiment))
     same_everywhere(np.frombuffer(str(data).encode().ljust(4096)[:4096], np.uint8), "data")
     details = {
         "data": data,
@@ -74,13 +75,36 @@ def start(
     needed = int(_ROOM * _checkpoint_bytes(program))
     together(lambda: run_folder.require_space(folder, needed) if is_main() else None)
     advise(lambda: _advice(folder))
+    secret = _secret(experiment, folder)
 
     try:
-        return _train(program, folder, data, details["parameters"], resuming, profile, stop, console)
+        return _train(program, folder, secret, data, details["parameters"], resuming, profile, stop, console)
     except OSError as error:
         kept = Checkpoints.finished(folder / "checkpoints")
         last = f"the last good checkpoint is of step {max(kept)}" if kept else "there is no checkpoint yet"
         raise UserError(f"{folder}: {error.strerror or error}; {last}") from error
+
+
+def _described(experiment: Experiment) -> dict[str, Any]:
+    """The data, as a report may tell of it."""
+    federated = experiment.federated
+    if federated is None:
+        return experiment.data.describe()
+    federated.require(experiment.data.clients().count)
+    return experiment.data.describe_publicly() if federated.is_private else experiment.data.describe()
+
+
+def _secret(experiment: Experiment, folder: Path) -> int | None:
+    """What cohorts and noise of a private run follow from, drawn when it begins."""
+    if experiment.federated is None or not experiment.federated.is_private:
+        return None
+
+    def made() -> None:
+        if not (folder / secrets.FILE).exists() and not Checkpoints.finished(folder / "checkpoints"):
+            secrets.create(folder)
+
+    together(lambda: made() if is_main() else None)
+    return together(lambda: secrets.read(folder))
 
 
 def _advice(folder: Path) -> str:
@@ -94,6 +118,7 @@ def _advice(folder: Path) -> str:
 def _train(
     program: Program,
     folder: Path,
+    secret: int | None,
     data: dict[str, Any],
     parameters: str,
     resuming: bool,
@@ -137,7 +162,7 @@ def _train(
         what = " and ".join([*ahead, *(edit.name for edit in experiment.edits)])
         if what:
             recorder.say(f"{what} compiled in {seconds:.1f} s")
-        batches = _batches(program)
+        batches = _batches(program, secret)
         opened.callback(batches.close)
         if restored is not None:
             batches.set_state(restored.data)
@@ -149,11 +174,11 @@ def _train(
         return outcome
 
 
-def _batches(program: Program) -> Feed | RoundFeed:
+def _batches(program: Program, secret: int | None) -> Feed | RoundFeed:
     experiment = program.experiment
     if experiment.federated is None:
         return feed(experiment.data.train(experiment.seed), experiment.batch, batch_sharding(program.mesh))
-    return opened(program)
+    return opened(program, secret)
 
 
 def _built(experiment: Experiment, mesh: MeshShape | None) -> Program:
@@ -216,10 +241,25 @@ def _promise(experiment: Experiment) -> str:
     text = f"privacy: {experiment.federated.privacy}"
     if experiment.federated.is_forecast:
         return text
-    return (
-        f"{text}; cohorts and noise follow from seed {experiment.seed}: for a release it must be a secret, "
-        "and of this folder only the parameters may be shown"
+    text += (
+        "; cohorts and noise follow from the file `secret` of the run's folder, of which only the parameters "
+        "and epsilon may be shown"
     )
+    before = _promise_before(experiment.start_from)
+    if before is not None:
+        text += (
+            f"; it starts from a private run ({before}): who has data in both has spent both epsilons, and "
+            "only those of this run are counted"
+        )
+    return text
+
+
+def _promise_before(start_from: Path | None) -> str | None:
+    """The promise of the run that this one starts from."""
+    if start_from is None or not (start_from / "run.json").exists():
+        return None
+    described = run_folder.read(start_from).get("federated", {})
+    return described["privacy"] if "to be shown" in described else None
 
 
 def _sample(program: Program, outcome: Outcome, recorder: Recorder) -> None:

@@ -6,6 +6,7 @@ metrics.jsonl       one JSON object a line
 events/             TensorBoard
 checkpoints/        Orbax
 topology.json, .npz  links of a sparse model
+secret              what cohorts and noise of a private run follow from; for its owner alone
 report.html         plots
 """
 

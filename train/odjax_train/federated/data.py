@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -14,8 +14,20 @@ from odjax.federated import Clients, dirichlet_split, group_by_client, label_sha
 from odjax_train.data.examples import Examples
 from odjax_train.errors import UserError
 
-Split = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+Owners = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 """Training examples, name -> array [n, ...], to the client of each, int [n]."""
+
+
+class Split(NamedTuple):
+    """Who has what.
+
+    Attributes:
+        clients: how many there are, some of whom may have nothing.
+        owners: of the examples.
+    """
+
+    clients: int
+    owners: Owners
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +36,7 @@ class ByClient:
 
     Args:
         data: any data set; its training examples are read into memory, without augmentation.
-        split: who has what: `evenly`, `by_label_shards`, `by_dirichlet`, or a function.
+        split: who has what: `evenly`, `in_order`, `by_label_shards`, `by_dirichlet`, or your own.
 
     Raises:
         UserError: when the data is opened, what is wrong with the split.
@@ -66,6 +78,11 @@ class ByClient:
         }
         return {**self.data.describe(), **found}
 
+    def describe_publicly(self) -> dict[str, Any]:
+        """What may be said of the data of a private run: nothing that follows from training examples."""
+        told = {name: value for name, value in self.data.describe().items() if not name.startswith("train_")}
+        return {**told, "clients": self.clients().count}
+
     def clients(self) -> Clients:
         """The examples of every client."""
         return self._clients
@@ -94,7 +111,7 @@ class ByClient:
             .read(rows, np.zeros_like(rows, np.uint64))
         )
         try:
-            return group_by_client(examples, np.asarray(self.split(examples)))
+            return group_by_client(examples, np.asarray(self.split.owners(examples)), self.split.clients)
         except ValueError as error:
             raise UserError(f"the split by client: {error}") from error
 
@@ -119,7 +136,7 @@ def evenly(clients: int, seed: int = 0) -> Split:
             raise UserError(f"{total} examples do not make {clients} clients")
         return np.random.default_rng(seed).permutation(np.arange(total) % clients)
 
-    return split
+    return Split(clients, split)
 
 
 def in_order(clients: int) -> Split:
@@ -135,7 +152,7 @@ def in_order(clients: int) -> Split:
             raise UserError(f"{total} examples do not make {clients} clients")
         return np.arange(total) * clients // total
 
-    return split
+    return Split(clients, split)
 
 
 def by_label_shards(clients: int, shards: int = 2, seed: int = 0) -> Split:
@@ -146,7 +163,7 @@ def by_label_shards(clients: int, shards: int = 2, seed: int = 0) -> Split:
         shards: of each client.
         seed: of the assignment.
     """
-    return lambda examples: label_shards(_labels(examples), clients, shards, seed)
+    return Split(clients, lambda examples: label_shards(_labels(examples), clients, shards, seed))
 
 
 def by_dirichlet(clients: int, concentration: float, seed: int = 0) -> Split:
@@ -157,7 +174,7 @@ def by_dirichlet(clients: int, concentration: float, seed: int = 0) -> Split:
         concentration: small for few labels a client.
         seed: of the assignment.
     """
-    return lambda examples: dirichlet_split(_labels(examples), clients, concentration, seed)
+    return Split(clients, lambda examples: dirichlet_split(_labels(examples), clients, concentration, seed))
 
 
 def _labels(examples: Mapping[str, np.ndarray]) -> np.ndarray:

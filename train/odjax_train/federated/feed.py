@@ -10,6 +10,7 @@ from jax.sharding import Mesh, Sharding
 
 from odjax.federated import Clients, RoundPlan, plan_round
 from odjax_train.errors import UserError
+from odjax_train.federated import secret as secrets
 from odjax_train.federated.section import Federated
 from odjax_train.federated.step import LANES, plan_shardings
 from odjax_train.mesh import replicated
@@ -30,18 +31,33 @@ class RoundFeed:
         fingerprint: identifies them.
         seed: of cohorts and local orders.
         mesh: lanes lie along its axis `data`.
+        secret: what cohorts and noise of a private run follow from; None for the seed, which anybody may
+            know.
 
     Raises:
         UserError: the section does not fit the number of clients.
     """
 
     def __init__(
-        self, federated: Federated, clients: Clients, fingerprint: str, seed: int, mesh: Mesh
+        self,
+        federated: Federated,
+        clients: Clients,
+        fingerprint: str,
+        seed: int,
+        mesh: Mesh,
+        *,
+        secret: int | None = None,
     ) -> None:
         federated.require(clients.count)
         self._federated, self._clients, self._seed = federated, clients, seed
+        self._secret = seed if secret is None else secret
         self._lanes = lanes_of(federated, mesh)
+        if federated.is_private:
+            fingerprint = secrets.keyed(self._secret, fingerprint)
         self._identity = {"seed": seed, "clients": fingerprint}
+        self._noise: dict[str, jax.Array] = {}
+        if federated.privacy is not None:
+            self._noise["noise"] = _placed(secrets.noise_key(self._secret), replicated(mesh))
         self._examples = _placed(clients.examples, dict.fromkeys(clients.examples, replicated(mesh)))
         self._shardings = plan_shardings(mesh)
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "rounds")
@@ -49,7 +65,7 @@ class RoundFeed:
         self._ahead: concurrent.futures.Future[RoundPlan] | None = None
 
     def _plan(self, round: int) -> RoundPlan:
-        return planned(self._federated, self._clients, self._seed, round, self._lanes)
+        return planned(self._federated, self._clients, self._seed, round, self._lanes, self._secret)
 
     def __iter__(self) -> Self:
         return self
@@ -60,7 +76,7 @@ class RoundFeed:
         plan, self._ahead = self._ahead.result(), None
         self._step += 1
         self._ahead = self._worker.submit(self._plan, self._step)
-        return {"examples": self._examples, "plan": _placed(plan, self._shardings)}
+        return {"examples": self._examples, "plan": _placed(plan, self._shardings), **self._noise}
 
     def get_state(self) -> dict[str, Any]:
         """What to store to go on behind the last round that was taken; JSON."""
@@ -89,18 +105,26 @@ class RoundFeed:
         self.close()
 
 
-def opened(program: "Program") -> RoundFeed:
+def opened(program: "Program", secret: int | None = None) -> RoundFeed:
     """The rounds of a federated run.
 
     Args:
         program: the run's functions.
+        secret: of a private run.
 
     Raises:
         UserError: the section does not fit the data.
     """
     experiment = program.experiment
     data = experiment.data
-    return RoundFeed(experiment.federated, data.clients(), data.fingerprint, experiment.seed, program.mesh)
+    return RoundFeed(
+        experiment.federated,
+        data.clients(),
+        data.fingerprint,
+        experiment.seed,
+        program.mesh,
+        secret=secret,
+    )
 
 
 def step_inputs(program: "Program") -> Any:
@@ -130,18 +154,23 @@ def step_inputs(program: "Program") -> Any:
         plan,
         plan_shardings(program.mesh),
     )
-    return {"examples": examples, "plan": shaped}
+    noise = {}
+    if experiment.federated.privacy is not None:
+        noise["noise"] = jax.ShapeDtypeStruct((2,), np.uint32, sharding=whole)
+    return {"examples": examples, "plan": shaped, **noise}
 
 
-def round_examples(program: "Program") -> int:
-    """Examples that the first round of a federated run trains on, those of every epoch.
+def round_examples(program: "Program") -> float:
+    """Examples that a round of a federated run trains on, on average and those of every epoch.
 
     Args:
         program: of a federated run.
     """
     federated, clients = program.experiment.federated, program.experiment.data.clients()
-    plan = planned(federated, clients, program.experiment.seed, 0, lanes_of(federated, program.mesh))
-    return int(plan.mask.sum())
+    each = clients.sizes * federated.epochs
+    if federated.local_steps is not None:
+        each = np.minimum(each, federated.local_steps * federated.batch)
+    return float(each.mean() * federated.expected_cohort)
 
 
 def lanes_of(federated: Federated, mesh: Mesh) -> int:
@@ -149,7 +178,9 @@ def lanes_of(federated: Federated, mesh: Mesh) -> int:
     return mesh.shape[LANES] * (1 if federated.strategy == "loop" else federated.lanes)
 
 
-def planned(federated: Federated, clients: Clients, seed: int, round: int, lanes: int) -> RoundPlan:
+def planned(
+    federated: Federated, clients: Clients, seed: int, round: int, lanes: int, secret: int | None = None
+) -> RoundPlan:
     """The plan of a round, on the host.
 
     Args:
@@ -158,8 +189,9 @@ def planned(federated: Federated, clients: Clients, seed: int, round: int, lanes
         seed: of the run.
         round: its number.
         lanes: over the whole mesh.
+        secret: what the cohort follows from; None for the seed.
     """
-    sample = federated.sample(seed, round, clients.count)
+    sample = federated.sample(seed if secret is None else secret, round, clients.count)
     return plan_round(
         clients,
         # A Poisson cohort may be empty: the round is then noise alone.

@@ -1,6 +1,7 @@
 """The federated section of an experiment: who trains in a round, how, and under what promise."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import optax
@@ -72,6 +73,8 @@ class Federated:
             raise UserError(
                 "with privacy= deltas are clipped, summed and noised: drop aggregator= and uniform="
             )
+        if self.budget is not None and not (self.budget > 0 and math.isfinite(self.budget)):
+            raise UserError(f"federated budget must be a positive epsilon, got {self.budget}")
         if self.budget is not None and (self.is_forecast or self.privacy.rounds_within(self.budget) < 1):
             what = "a forecast spends nothing" if self.is_forecast else "not even one round is within it"
             raise UserError(f"federated budget {self.budget}: {what}")
@@ -82,6 +85,11 @@ class Federated:
         return isinstance(self.privacy, PrivacyForecast)
 
     @property
+    def is_private(self) -> bool:
+        """Whether the run makes a promise."""
+        return self.privacy is not None and not self.is_forecast
+
+    @property
     def expected_cohort(self) -> float:
         """Clients of a round, on average."""
         return float(self.cohort if self.privacy is None else self.privacy.normalizer)
@@ -89,9 +97,11 @@ class Federated:
     @property
     def rounds(self) -> int | None:
         """Rounds that the promise allows; None for any number."""
-        if self.privacy is None or self.is_forecast:
+        if not self.is_private:
             return None
-        return self.privacy.rounds if self.budget is None else self.privacy.rounds_within(self.budget)
+        if self.budget is None or self.privacy.epsilon() <= self.budget:
+            return self.privacy.rounds
+        return self.privacy.rounds_within(self.budget)
 
     def aggregation(self) -> Aggregator:
         """What the algorithm has to aggregate with."""
@@ -105,10 +115,16 @@ class Federated:
         Raises:
             UserError: it aggregates in another way than privacy demands.
         """
-        if self.privacy is not None and not algorithm.aggregator.uniform:
+        if self.privacy is None:
+            return algorithm
+        if algorithm.aggregator.plan is not self.privacy:
             raise UserError(
                 "with privacy= the algorithm must use the aggregator that it is given: "
                 "fed_avg(loss, client, server, aggregator=aggregator)"
+            )
+        if algorithm.private is not None or algorithm.control:
+            raise UserError(
+                "with privacy= an algorithm must keep nothing of a client: control= and private= do"
             )
         return algorithm
 
@@ -126,9 +142,7 @@ class Federated:
 
     def epsilon(self, rounds: int) -> float | None:
         """What is spent after some rounds; None without a promise."""
-        if self.privacy is None or self.is_forecast:
-            return None
-        return float(self.privacy.epsilon(rounds))
+        return float(self.privacy.epsilon(rounds)) if self.is_private else None
 
     def require(self, clients: int) -> None:
         """Makes sure that the data has the clients that were counted on.
@@ -137,9 +151,10 @@ class Federated:
             UserError: it has not.
         """
         if self.privacy is not None and self.privacy.population != clients:
+            remedy = "give forecast(cohort, population=)" if self.is_forecast else "epsilon would be another"
             raise UserError(
                 f"the privacy plan is for a population of {self.privacy.population}, the data has {clients} "
-                "clients: epsilon would be another"
+                f"clients: {remedy}"
             )
         if self.cohort is not None and self.cohort > clients:
             raise UserError(f"a cohort of {self.cohort} is larger than the {clients} clients of the data")
@@ -151,5 +166,10 @@ class Federated:
             "local batch": self.batch,
             "local epochs": self.epochs,
             "privacy": "none" if self.privacy is None else str(self.privacy),
+            **(
+                {"to be shown": "the parameters and epsilon, nothing else of the folder"}
+                if self.is_private
+                else {}
+            ),
             **({} if self.budget is None else {"budget": f"epsilon {self.budget:g}"}),
         }

@@ -145,8 +145,9 @@ def round_step(
 
     Returns:
         `(free, frozen, collections, state, round, batch, key) -> (free, state, metrics)`, where the batch is
-        {"examples": ..., "plan": `RoundPlan`}. Metrics of clients are missing where they are private; the
-        size of the change is that of the update as it was released.
+        {"examples": ..., "plan": `RoundPlan`, "noise": data of a key where there is privacy}. Metrics of
+        clients are missing where they are private; the size of the change is that of the update as it was
+        released.
     """
     rows = "called" if federated.strategy == "loop" else "compiled"
     one_round = make_round(algorithm, mesh=mesh, axis=LANES, rows=rows)
@@ -162,7 +163,8 @@ def round_step(
     ) -> tuple[Any, ServerState, dict[str, jax.Array]]:
         plan: RoundPlan = batch["plan"]
         before = FederatedState(free, state.server, state.control, state.population, round)
-        after, figures = one_round(before, batch["examples"], plan, key, frozen, collections)
+        noise = jax.random.wrap_key_data(batch["noise"]) if "noise" in batch else None
+        after, figures = one_round(before, batch["examples"], plan, key, frozen, collections, noise)
         metrics = {name: total / jnp.maximum(count, 1e-9) for name, (total, count) in figures.items()}
         metrics["update_norm"] = _change(after.params, free)
         if not algorithm.aggregator.private:
