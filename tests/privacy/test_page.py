@@ -10,7 +10,7 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "privacy.md"
 
 def test_the_programs_of_the_page_run_and_print_what_they_say(capsys):
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
-    said = re.search(r"# (epsilon 2.*), \.\.\.", code).group(1)
+    said = re.search(r"# (epsilon 2.*) of \.\.\.", code).group(1)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(code, names := {})
     assert capsys.readouterr().out.startswith(said)
