@@ -2,7 +2,8 @@
 
 odjax train configs/lm_stdlib.py                     # first: what is adapted
 odjax train configs/fed_lm_lora.py                   # Fed-RAC-LoRA: a seed goes out, a factor back
-odjax train configs/fed_lm_lora.py --method dylora --epsilon 8   # DP-DyLoRA
+odjax train configs/fed_lm_lora.py --method dylora --epsilon 8 --run runs/dylora   # DP-DyLoRA
+odjax merge runs/dylora --rank 4                     # served at any rank
 """
 
 from pathlib import Path
@@ -83,9 +84,7 @@ def experiment(
         seed: of everything random.
     """
     bare = decoder(preset, max_length=max(length, 512), attention=attention, scan=scan)
-    # A rank of the server's draw is cut out of ordinary LoRA factors.
-    adapted = {"dylora": "lora"}.get(method, method)
-    model = bare if method == "full" else adapt(bare, method=adapted, rank=rank, where=where)
+    model = bare if method == "full" else adapt(bare, method=method, rank=rank, where=where)
     local_rate = LOCAL_RATES.get(method, 0.3) if local_rate is None else local_rate
     # The mean of the factors is merged as it is: that is the mean of the clients' models.
     rate = (1.0 if method == "rac" else 1e-2) if server_rate is None else server_rate

@@ -271,7 +271,7 @@ def fed_dylora(
 
     At rank b clients train the first b columns of A and rows of B; the update is (alpha / b) A[:, :b] B[:b].
     Everything above takes no part: no gradient, no delta, no noise, and in the server neither parameters nor
-    moments change by a bit. `odjax.merge(model, odjax.lowrank.at_rank(model, params, b))` serves rank b.
+    moments change by a bit. `odjax.lowrank.merge(model, at_rank(model, params, b))` serves rank b.
 
     Args:
       model: the adapted model; its method is "lora" or "dylora", R its largest rank. The loss gets a model

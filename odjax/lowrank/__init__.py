@@ -35,6 +35,10 @@ from odjax.lowrank.merge import unmerge as unmerge
 from odjax.lowrank.methods import ADDED as ADDED
 from odjax.lowrank.methods import FACTORS as FACTORS
 from odjax.lowrank.methods import LowRank as LowRank
+from odjax.lowrank.nested import at_rank as at_rank
+from odjax.lowrank.nested import model_at as model_at
+from odjax.lowrank.nested import slice_rank as slice_rank
+from odjax.lowrank.nested import unslice as unslice
 from odjax.lowrank.parameters import ParameterAdapter as ParameterAdapter
 from odjax.lowrank.parameters import parameter_adapter as parameter_adapter
 from odjax.lowrank.sketches import LAWS as LAWS
