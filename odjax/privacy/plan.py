@@ -282,7 +282,7 @@ def privacy_plan(
       >>> sample = plan.sample(seed=0, round=0)
       >>> total = {"w": jnp.zeros(3)}  # of plan.clip(update)[0] over the members
       >>> plan.privatize(total, jax.random.key(0))["w"].shape, plan.capacity
-      ((3,), 1190)
+      ((3,), 1223)
     """
     population = check_whole("population", population, 1)
     number = isinstance(cohort, int | float | np.number) and not isinstance(cohort, bool)
