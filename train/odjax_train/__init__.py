@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from odjax_train.tasks import Task as Task
     from odjax_train.tasks import classification as classification
     from odjax_train.tasks import language_model as language_model
+    from odjax_train.tasks import moderation as moderation
     from odjax_train.tasks import translation as translation
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "Task": "tasks",
     "classification": "tasks",
     "language_model": "tasks",
+    "moderation": "tasks",
     "translation": "tasks",
 }
 
