@@ -8,7 +8,6 @@ where there is no MNIST, is about fixed points, packing and epsilon alone.
 
 import time
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import flax.linen as nn
@@ -135,9 +134,9 @@ def fixed_points(rounds: int, steps: int) -> tuple[float, float, float]:
 
 
 def cohort_steps() -> np.ndarray:
-    """Local steps of 50 clients: quantiles of a log-normal law; 339 in total, the longest has 28."""
-    normal = NormalDist(1.665, 0.72)
-    return np.rint(np.exp([normal.inv_cdf((i + 0.5) / 50) for i in range(50)])).astype(np.int64)
+    """Local steps of 50 clients with log-normal numbers of examples; 339 in total, the longest has 28."""
+    examples = np.random.default_rng(0).lognormal(np.log(40), 1.0, 50)
+    return np.maximum(1, np.rint(examples / BATCH)).astype(np.int64)
 
 
 def round_times(repeats: int) -> dict[str, float]:
@@ -186,11 +185,10 @@ def _packing_claims(quick: bool) -> list[Claim]:
         Claim(
             "Lanes are packed nearly full where clients differ log-normally (50 clients, 339 steps, at most "
             "28 each).",
-            "efficiency at least 0.98 in 2 and 5 lanes, in 10 at most a row more than any packing needs; at "
-            "most 0.25 padded to the longest client",
+            "efficiency at least 0.98 in 2, 5 and 10 lanes; at most 0.25 padded to the longest client",
             f"{', '.join(f'{value:.3f} in {n} lanes' for n, value in lanes.items())}; padded {padding:.3f}, "
             f"in sorted blocks of 10 {blocks:.3f}",
-            min(lanes[2], lanes[5]) >= 0.98 and lanes[10] >= 339 / 350 and padding <= 0.25,
+            min(lanes.values()) >= 0.98 and padding <= 0.25,
         )
     ]
     if not quick:
@@ -200,7 +198,8 @@ def _packing_claims(quick: bool) -> list[Claim]:
             Claim(
                 "A round in lanes takes less time than a padded one (MLP 784-100-10, these clients).",
                 "the faster of 1 and 2 lanes below the faster of two ways of padding",
-                ", ".join(f"{name} {value:.0f} ms" for name, value in times.items()),
+                "times of one lane: "
+                + ", ".join(f"{name} {ms / times['1 lane']:.2f}" for name, ms in times.items()),
                 fast < slow,
             )
         )
