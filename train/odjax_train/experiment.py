@@ -12,6 +12,7 @@ import optax
 
 from odjax.core import Edit, Where
 from odjax_train.errors import UserError
+from odjax_train.federated.data import ByClient
 from odjax_train.federated.section import Federated
 from odjax_train.measures import Measure
 from odjax_train.mesh import DEFAULT_RULES, MeshShape, Rules
@@ -150,7 +151,7 @@ class Experiment:
     def _check_federated(self, federated: Federated) -> None:
         if self.accumulate > 1:
             raise UserError(f"accumulate {self.accumulate}: a federated round has local steps instead")
-        if not hasattr(self.data, "clients"):
+        if not isinstance(self.data, ByClient):
             raise UserError(
                 f"a federated run needs to know who has which examples, which {type(self.data).__name__} "
                 "does not say: wrap it, ByClient(data, by_label_shards(100))"
