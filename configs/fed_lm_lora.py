@@ -15,7 +15,7 @@ import optax
 from flax import linen as nn
 
 from odjax.federated import Aggregator, Algorithm, fed_adam, fed_avg
-from odjax.federated.lowrank import fed_dylora
+from odjax.federated.dylora import fed_dylora
 from odjax.lowrank import FACTORS, adapt
 from odjax.models import decoder
 from odjax.privacy import privacy_plan

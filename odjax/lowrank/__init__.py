@@ -23,11 +23,11 @@ from odjax.lowrank.gradient import rac_lora as rac_lora
 from odjax.lowrank.guard import GUARD as GUARD
 from odjax.lowrank.guard import Guard as Guard
 from odjax.lowrank.guard import GuardHead as GuardHead
-from odjax.lowrank.guard import PositiveWeights as PositiveWeights
 from odjax.lowrank.guard import Verdict as Verdict
-from odjax.lowrank.guard import guard_loss as guard_loss
 from odjax.lowrank.guard import last_token as last_token
-from odjax.lowrank.guard import positive_weights as positive_weights
+from odjax.lowrank.guard_loss import PositiveWeights as PositiveWeights
+from odjax.lowrank.guard_loss import guard_loss as guard_loss
+from odjax.lowrank.guard_loss import positive_weights as positive_weights
 from odjax.lowrank.merge import init_factors as init_factors
 from odjax.lowrank.merge import merge as merge
 from odjax.lowrank.merge import start_from as start_from

@@ -142,7 +142,7 @@ METHODS: tuple[Method, ...] = (
             "arXiv 2405.06368",
         ),
         summary="Private low-rank factors of a rank that the server draws each round; any can be served.",
-        api="odjax.federated.lowrank.dp_dylora",
+        api="odjax.federated.dylora.dp_dylora",
         proofs=("dp-dylora",),
     ),
 )

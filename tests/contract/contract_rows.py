@@ -362,7 +362,6 @@ def _fed_low_rank(method: str, name: str) -> Callable[[], Any]:
 
         from odjax import federated
         from odjax.core import partition
-        from odjax.federated import lowrank
         from odjax.lowrank import FACTORS, adapt
 
         model, clients = adapt(nn.Dense(3), rank=2, method=method), _clients()
@@ -372,13 +371,13 @@ def _fed_low_rank(method: str, name: str) -> Callable[[], Any]:
             return _error(model.apply({"params": params}, batch["x"]).sum(-1), batch, mask)
 
         if name == "fed_low_rank":
-            algorithm = lowrank.fed_low_rank(
+            algorithm = federated.fed_low_rank(
                 model, loss, optax.sgd(0.1), aggregator=federated.private_sum(_privacy())
             )
         elif name == "fed_dylora":
-            algorithm = lowrank.fed_dylora(model, params, loss, optax.sgd(0.1), federated.fed_adam(0.1))
+            algorithm = federated.fed_dylora(model, params, loss, optax.sgd(0.1), federated.fed_adam(0.1))
         else:
-            algorithm = lowrank.dp_dylora(model, params, loss, optax.sgd(0.1), _privacy())
+            algorithm = federated.dp_dylora(model, params, loss, optax.sgd(0.1), _privacy())
         return algorithm, *partition(params, FACTORS), clients
 
     return build
@@ -468,8 +467,8 @@ ROWS: tuple[Row, ...] = (
     Row("odjax.federated.algorithms.fed_avg", "algorithm", _fed_avg(private=True), "private"),
     Row("odjax.federated.algorithms.scaffold", "algorithm", _scaffold),
     Row("odjax.federated.lowrank.fed_low_rank", "algorithm", _fed_low_rank("asym", "fed_low_rank")),
-    Row("odjax.federated.lowrank.fed_dylora", "algorithm", _fed_low_rank("lora", "fed_dylora")),
-    Row("odjax.federated.lowrank.dp_dylora", "algorithm", _fed_low_rank("lora", "dp_dylora")),
+    Row("odjax.federated.dylora.fed_dylora", "algorithm", _fed_low_rank("lora", "fed_dylora")),
+    Row("odjax.federated.dylora.dp_dylora", "algorithm", _fed_low_rank("lora", "dp_dylora")),
     *(Row("odjax.lowrank.adapt.adapt", "adapter", _adapt(method), method) for method in LOW_RANK),
     Row("odjax.continual.shrink_perturb.shrink_perturb", "edit", _shrink_perturb()),
     Row("odjax.continual.shrink_perturb.shrink_perturb", "edit", _shrink_perturb(where="body/.*"), "where"),

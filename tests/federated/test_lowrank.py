@@ -20,7 +20,8 @@ from odjax.federated import (
     private_sum,
     scaffold,
 )
-from odjax.federated.lowrank import chain_round, dp_dylora, draw_rank, fed_dylora, fed_low_rank
+from odjax.federated.dylora import dp_dylora, draw_rank, fed_dylora
+from odjax.federated.lowrank import chain_round, fed_low_rank
 from odjax.federated.traffic import Traffic, traffic
 from odjax.lowrank import FACTORS, adapt, merge, next_block
 from odjax.lowrank.nested import at_rank, model_at, rank_mask

@@ -19,7 +19,8 @@ import optax
 
 from odjax.core import combine, format_bytes, partition
 from odjax.federated import Algorithm, fed_avg, init, make_round, private_sum
-from odjax.federated.lowrank import dp_dylora, fed_low_rank
+from odjax.federated.dylora import dp_dylora
+from odjax.federated.lowrank import fed_low_rank
 from odjax.federated.traffic import traffic
 from odjax.lowrank import FACTORS, adapt, init_factors, merge
 from odjax.lowrank.nested import at_rank, rank_mask
