@@ -152,6 +152,8 @@ def chain_round(
 
     Example:
       >>> import flax.linen as nn
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
       >>> from odjax.federated import group_by_client, init, plan_round
       >>> from odjax.lowrank import FACTORS, adapt
       >>> model = adapt(nn.Dense(1, use_bias=False), rank=1, method="rac")
